@@ -1,0 +1,5 @@
+"""`python -m l2p_lowvram`."""
+
+from .cli import entry
+
+entry()

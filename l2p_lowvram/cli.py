@@ -1,0 +1,276 @@
+"""The command line: options and environment in, one function per command, errors out as exit codes.
+
+    0     done
+    2     an option, a file or a size that cannot be used (`user_input` says what counts), or a file that
+          `inspect` refuses
+    3     the model produced NaN or infinity
+    130   Ctrl-C
+
+Anything else keeps its traceback and exits with 1. torch is imported by the commands, not here, so that
+`--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+from .stdout import print_line
+from .user_input import InputError, one_line, user_input
+
+PROGRAM = "l2p-lowvram"
+EXIT_INPUT, EXIT_NON_FINITE, EXIT_MEMORY, EXIT_INTERRUPTED = 2, 3, 4, 130
+MODEL_VARIABLE, CACHE_VARIABLE = "L2P_MODEL", "L2P_CACHE_DIR"
+
+EXIT_CODES = """\
+exit codes: 0 done; 2 bad option, file or size; 3 NaN or infinity in the sample; 4 out of memory; 130 Ctrl-C"""
+
+GENERATE_EPILOG = f"""\
+examples:
+  # the embedded demo model
+  {PROGRAM} generate -p "a large red circle on a blue background, left" -o circle.png
+  # a model file with its text encoder and tokenizer, four pictures from one seed on
+  {PROGRAM} generate -m l2p_int8.safetensors --text-encoder qwen3/ --tokenizer qwen3/tokenizer.json \\
+      -p "a lighthouse at dusk" --seed 42 --count 4 -o "dusk_{{seed}}.png"
+  # prompt from a pipe, other size, WebP, result as JSON
+  echo "a fox in the snow" | {PROGRAM} generate -m model/ -p - -W 768 -H 1024 -o fox.webp --json
+  # start from a picture and watch the estimate of each step
+  {PROGRAM} generate -m model/ -p "as an oil painting" -i photo.jpg --strength 0.5 --preview now.png -o a.png
+
+environment:
+  {MODEL_VARIABLE}      model used without --model
+  {CACHE_VARIABLE}  folder for prompt features instead of the user's cache folder
+
+{EXIT_CODES}"""
+
+INSPECT_EPILOG = f"""\
+examples:
+  {PROGRAM} inspect l2p_int8.safetensors
+  {PROGRAM} inspect model/ --json
+
+{EXIT_CODES} (2 also for a file that is refused)"""
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. argv: without the program name; None for the process's own. Returns the exit code."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
+    except InputError as error:
+        return _fail(one_line(error), EXIT_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except (RuntimeError, MemoryError) as error:
+        from .errors import NonFiniteError, is_out_of_memory
+
+        if isinstance(error, NonFiniteError):
+            return _fail(one_line(error), EXIT_NON_FINITE)
+        if is_out_of_memory(error):
+            return _fail("out of memory; try a smaller --width and --height, or another --device", EXIT_MEMORY)
+        raise
+    except SystemExit as stop:  # argparse after --help and --version
+        return int(stop.code or 0)
+
+
+def generate_command(arguments: argparse.Namespace) -> int:
+    from .generate import generate
+
+    model = arguments.model or os.environ.get(MODEL_VARIABLE) or None
+    cache_folder = os.environ.get(CACHE_VARIABLE)
+    prompt_cache: bool | Path | None = Path(cache_folder) / "prompts" if cache_folder else True
+    if arguments.no_prompt_cache:
+        prompt_cache = None
+    return generate(arguments, model=model, prompt_cache=prompt_cache)
+
+
+def inspect_command(arguments: argparse.Namespace) -> int:
+    from .inspection import inspect_model
+
+    with user_input():
+        report = inspect_model(arguments.file)
+    print_line(report.as_json() if arguments.json else report.as_text())
+    return 0 if report.accepted else EXIT_INPUT
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Pictures from text with L2P in INT8, on small GPUs and CPUs.",
+        epilog=f"{PROGRAM} COMMAND --help shows options and examples\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version and exit"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(commands, "generate", "make pictures from a prompt", GENERATE_EPILOG, generate_command)
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "-m", "--model", metavar="MODEL", help="a .safetensors file, a model folder, or demo (the default)"
+    )
+    model.add_argument("--text-encoder", metavar="PATH", help="file or folder; default: the model folder's")
+    model.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or its folder; default: likewise")
+    model.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, …")
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        help="auto: bf16 where the device computes it natively, else fp32",
+    )
+    model.add_argument(
+        "--bf16-timestep", action="store_true", help="round the timestep to bf16 as the original code does"
+    )
+
+    text = parser.add_argument_group("prompt")
+    prompts = text.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; - reads it from standard input")
+    prompts.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file in UTF-8")
+    text.add_argument("-n", "--negative-prompt", metavar="TEXT", default="", help="what guidance leads away from")
+    text.add_argument("--no-prompt-cache", action="store_true", help="neither read nor keep prompt features on disk")
+
+    sampling = parser.add_argument_group("sampling (defaults come from the model)")
+    sampling.add_argument("-W", "--width", metavar="PIXELS", type=_count, help="default: --image's or the model's")
+    sampling.add_argument("-H", "--height", metavar="PIXELS", type=_count, help="likewise")
+    sampling.add_argument("--steps", metavar="N", type=_count, help="denoising steps")
+    sampling.add_argument(
+        "--cfg-scale",
+        metavar="C",
+        type=_number,
+        help="guidance, negative + C * (positive - negative); 1 turns it off and halves the time; "
+        "diffusers' guidance_scale + 1",
+    )
+    sampling.add_argument("--shift", metavar="S", type=_number, help="more steps at high noise for S > 1")
+    sampling.add_argument(
+        "--sigmas",
+        metavar="SIGMA",
+        nargs="+",
+        type=_number,
+        help="own noise levels instead of --steps and --shift, descending from at most 1; a final 0 is added",
+    )
+    sampling.add_argument(
+        "--seed", metavar="S", nargs="+", type=int, help="one picture each; -1 or none: a random one, printed"
+    )
+    sampling.add_argument(
+        "--count", metavar="N", type=_count, default=1, help="pictures from seed, seed + 1, … (default 1)"
+    )
+    sampling.add_argument(
+        "--noise-device",
+        default="cpu",
+        choices=("cpu", "device"),
+        help="where noise is drawn; cpu (default) gives the same picture for a seed on every machine",
+    )
+    sampling.add_argument("-i", "--image", metavar="FILE", help="start from this picture")
+    sampling.add_argument(
+        "--strength",
+        metavar="X",
+        type=_number,
+        help="how far to depart from --image: near 0 hardly, 1 entirely (default 0.6)",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="l2p_{seed}.png",
+        help="PNG, JPEG or WebP by suffix; {seed} and {index} (from 0) are filled in (default %(default)s)",
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace existing files")
+    output.add_argument("--quality", metavar="Q", type=_quality, help="1 to 100 for JPEG and WebP (default 95)")
+    output.add_argument("--no-metadata", action="store_true", help="embed no prompt and settings")
+    output.add_argument(
+        "--preview",
+        metavar="PATH",
+        help="save the estimate of each step: to one file that is replaced (PATH ends in .png, .jpg, .webp), "
+        "or to {seed}_step_{step}.png in a folder",
+    )
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of the paths")
+    output.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary, only warnings")
+
+
+def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "say what a model file holds, reading its header only",
+        INSPECT_EPILOG,
+        inspect_command,
+    )
+    parser.add_argument("file", metavar="FILE", help="a .safetensors file, a shard index, or a model folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser],
+    name: str,
+    summary: str,
+    epilog: str,
+    function: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad options like every other bad input: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 65_536:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 65536, got {text}")
+    return value
+
+
+def _quality(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 100, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
+# argparse names the type in its own message: "invalid whole number value: 'x'".
+_count.__name__ = _quality.__name__ = "whole number"
+_number.__name__ = "number"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}" if code != EXIT_INTERRUPTED else message, file=sys.stderr, flush=True)
+    return code

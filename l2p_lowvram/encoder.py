@@ -1,0 +1,271 @@
+"""Text encoders on disk: Hugging Face folders and single files, opened lazily, let go after use.
+
+The same rules as for the model: hostile until checked, weights kept as stored. Only the layers that
+make the features are looked at; the last layer, the final norm and `lm_head` may be there or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload import Checkpoint, CheckpointError, TensorInfo, TensorSource
+from offload.header import parse_json_object, shown
+
+from .config import TextEncoderConfig
+from .layout import block_of
+from .linear import Linear
+from .markers import LayerMarker, read_marker, read_metadata_markers
+from .naming import IGNORED_ENTRIES, IGNORED_SIDECARS, MARKER, SCALE, SCALE_SPELLINGS, refused_sidecar
+from .sources import LinearQuantization, linear_quantization, total_bytes, weight_source
+from .text import TextEncoder
+from .weights import bind, read_source
+
+CONFIG_FILE = "config.json"
+_MAX_CONFIG_BYTES = 1 << 20
+_ROOT = "embed_tokens.weight"
+_LAYER = re.compile(r"layers\.(\d{1,4})\.")
+# What a language model has beyond the features; nothing here is ever needed.
+_UNUSED = re.compile(r"(^|\.)(lm_head\.|score\.)|^norm\.(weight|bias)$|rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class EncoderLayout:
+    """sources: parameters and scales of TextEncoder(config) by name. quantized: linear layers with a scale."""
+
+    path: Path
+    config: TextEncoderConfig
+    sources: Mapping[str, TensorSource]
+    quantized: Mapping[str, LinearQuantization]
+
+    @property
+    def nbytes(self) -> int:
+        return total_bytes(self.sources.values())
+
+    @property
+    def blocks(self) -> dict[str, tuple[TensorSource, ...]]:
+        """Block name ("layers.0", …) -> what it needs, in the order the layers run."""
+        grouped: dict[str, list[TensorSource]] = {
+            f"layers.{number}": [] for number in range(self.config.num_hidden_layers - 1)
+        }
+        for name, source in self.sources.items():
+            grouped.get(block_of(name), []).append(source)
+        return {name: tuple(sources) for name, sources in grouped.items()}
+
+    @property
+    def block_bytes(self) -> dict[str, int]:
+        return {name: total_bytes(sources) for name, sources in self.blocks.items()}
+
+
+def read_encoder_layout(checkpoint: Checkpoint) -> EncoderLayout:
+    """Find a Qwen3-shaped encoder in an open checkpoint; `config.json` beside it is used where it exists.
+
+    Raises CheckpointError naming the tensor and the reason for anything else.
+    """
+    path = checkpoint.files[0]
+    tensors, markers = _collect(checkpoint, path)
+    config = _read_config(path, tensors)
+    with torch.device("meta"):
+        model = TextEncoder(config)
+    linears = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _require_exact(path, tensors, expected, config.num_hidden_layers)
+    sources: dict[str, TensorSource] = {}
+    quantized: dict[str, LinearQuantization] = {}
+    for name, shape in expected.items():
+        module = name.rpartition(".")[0]
+        marker = markers.get(module, LayerMarker())
+        sources[name] = weight_source(name, shape, [tensors[name]], may_be_int8=module in linears)
+        if module in linears:
+            scale = tensors.get(f"{module}.{SCALE}")
+            if (entry := linear_quantization(module, sources[name], [scale], marker)) is not None:
+                sources[entry[0].name], quantized[module] = entry
+    return EncoderLayout(path, config, sources, quantized)
+
+
+def _collect(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, TensorInfo], dict[str, LayerMarker]]:
+    """Tensors and markers by inside name (no prefix, one spelling of scales)."""
+    roots = [name for name in checkpoint.tensors if name == _ROOT or name.endswith("." + _ROOT)]
+    if len(roots) != 1:
+        found = f"{len(roots)} of them" if roots else f"first tensor is {shown(next(iter(checkpoint.tensors), ''))}"
+        raise CheckpointError(path, f"no text encoder: it must have one {_ROOT} ({found})")
+    prefix = roots[0].removesuffix(_ROOT)
+    tensors: dict[str, TensorInfo] = {}
+    markers: dict[str, LayerMarker] = {}
+    for info in checkpoint.tensors.values():
+        name = info.name.removeprefix(prefix)
+        module, _, leaf = name.rpartition(".")
+        if leaf in IGNORED_SIDECARS or leaf in IGNORED_ENTRIES or _UNUSED.search(name):
+            continue
+        if (refused := refused_sidecar(name)) is not None and leaf not in SCALE_SPELLINGS:
+            raise CheckpointError(info.path, f"tensor {shown(info.name)} belongs to {refused}")
+        if leaf == MARKER:
+            markers[module] = read_marker(checkpoint, info)
+        else:
+            tensors[f"{module}.{SCALE}" if leaf in SCALE_SPELLINGS else name] = info
+    for layer, marker in read_metadata_markers(checkpoint.metadata, path).items():
+        markers[layer.removeprefix(prefix)] = marker
+    return tensors, markers
+
+
+def _read_config(path: Path, tensors: Mapping[str, TensorInfo]) -> TextEncoderConfig:
+    shapes = _config_from_shapes(path, tensors)
+    beside = path.with_name(CONFIG_FILE)
+    if not beside.is_file():
+        return TextEncoderConfig(**shapes)
+    with beside.open("rb") as file:
+        raw = file.read(_MAX_CONFIG_BYTES + 1)
+    if len(raw) > _MAX_CONFIG_BYTES:
+        raise CheckpointError(beside, f"is larger than {_MAX_CONFIG_BYTES} bytes, which no configuration needs")
+    values = parse_json_object(raw, beside, CONFIG_FILE, floats=True)
+    return _config_from_json(beside, values, shapes)
+
+
+def _config_from_shapes(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """All that tensor shapes tell; Qwen3's own eps and theta are the rest."""
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        info = tensors.get(name)
+        if info is None or len(info.shape) != rank or 0 in info.shape:
+            got = "is missing" if info is None else f"has shape {list(info.shape)}"
+            raise CheckpointError(path, f"no Qwen3 text encoder: tensor {name} {got}")
+        return info.shape
+
+    vocabulary, hidden = shape(_ROOT, 2)
+    (head_dim,) = shape("layers.0.self_attn.q_norm.weight", 1)
+    layers = {int(match.group(1)) for name in tensors if (match := _LAYER.match(name))}
+    gaps = [number for number in range(len(layers)) if number not in layers]
+    if gaps:
+        raise CheckpointError(path, f"text encoder has layers up to {max(layers)} but lacks layers.{gaps[0]}")
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": max(layers) + 1,
+        "num_attention_heads": max(shape("layers.0.self_attn.q_proj.weight", 2)[0] // head_dim, 1),
+        "num_key_value_heads": max(shape("layers.0.self_attn.k_proj.weight", 2)[0] // head_dim, 1),
+        "head_dim": head_dim,
+        "intermediate_size": shape("layers.0.mlp.gate_proj.weight", 2)[0],
+        "vocab_size": vocabulary,
+    }
+
+
+def _config_from_json(path: Path, values: Mapping[str, Any], shapes: dict[str, Any]) -> TextEncoderConfig:
+    """`config.json` over the shapes. Raises CheckpointError where they disagree."""
+    kind = values.get("model_type", "qwen3")
+    if kind != "qwen3":
+        raise CheckpointError(path, f"model_type is {kind!r:.40}; only qwen3 is supported")
+    for name, seen in shapes.items():
+        said = values.get(name, seen)
+        # A file cut down to the layers that are used may hold one less than it says.
+        if said != seen and not (name == "num_hidden_layers" and said == seen + 1):
+            raise CheckpointError(path, f"{name} is {said!r:.40} but the tensors say {seen}")
+        if name == "num_hidden_layers" and said == seen + 1:
+            shapes[name] = seen + 1
+    for name, supported in (("hidden_act", "silu"), ("rope_scaling", None), ("attention_bias", False)):
+        if values.get(name, supported) != supported:
+            raise CheckpointError(path, f"{name} is {values[name]!r:.40}; only {supported!r} is supported")
+    rope = values.get("rope_parameters")
+    theta = values.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)
+    for name, value in (("rms_norm_eps", values.get("rms_norm_eps")), ("rope_theta", theta)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise CheckpointError(path, f"{name} must be a positive number, got {value!r:.40}")
+        shapes[name] = float(value)
+    try:
+        return TextEncoderConfig(**shapes)
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from None
+
+
+def _require_exact(
+    path: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], layers: int
+) -> None:
+    """Every expected tensor is there, and nothing else but the last layer."""
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        reason = f"text encoder lacks {len(missing)} of {len(expected)} tensors, first is {missing[0]}"
+        raise CheckpointError(path, reason)
+    last = f"layers.{layers - 1}."
+    known = {*expected, *(name.removesuffix("weight") + SCALE for name in expected)}
+    left = [name for name in tensors if name not in known and not name.startswith(last)]
+    if left:
+        reason = f"has {len(left)} tensors that no Qwen3 text encoder has, first is {shown(left[0])}"
+        raise CheckpointError(path, reason)
+
+
+class LazyTextEncoder:
+    """A text encoder that holds its weights only while it works.
+
+    Calling it loads, runs and lets go; calls inside `shared()` load once.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, device: torch.device, dtype: torch.dtype) -> None:
+        """Reads headers only. Raises CheckpointError."""
+        self.path = Path(path)
+        self.device, self.dtype = device, dtype
+        with Checkpoint.open(self.path) as checkpoint:
+            self.layout = read_encoder_layout(checkpoint)
+            self.files = checkpoint.files
+        self._model: TextEncoder | None = None
+        self._shared = False
+
+    @property
+    def config(self) -> TextEncoderConfig:
+        return self.layout.config
+
+    def identity(self) -> str:
+        """Changes whenever the files do: names, sizes, times and the beginning of each."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for file in self.files:
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            with file.open("rb") as handle:
+                digest.update(handle.read(1 << 20))
+        return digest.hexdigest()
+
+    def load(self) -> TextEncoder:
+        """The module on `device`, weights as stored (on the CPU, views of the mapped files)."""
+        with Checkpoint.open(self.path) as checkpoint:
+            layout = read_encoder_layout(checkpoint)
+            with torch.device("meta"):
+                model = TextEncoder(layout.config)
+            for source in layout.sources.values():
+                bind(model, source.name, read_source(checkpoint, source).to(self.device))
+        for name, quantization in layout.quantized.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, Linear)
+            linear.rotation = quantization.rotation
+        return model.requires_grad_(False).eval()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Calls inside the block share one load, made by the first of them; the weights go with the block."""
+        outermost, self._shared = not self._shared, True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._shared, self._model = False, None
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """input_ids (B, L), unpadded -> hidden states before the last layer (B, L, hidden)."""
+        with self.shared():
+            self._model = model = self._model or self.load()
+            x, cos, sin = model.prelude(input_ids.to(self.device), self.dtype)
+            blocks = model.blocks()
+            for done, block in enumerate(blocks, 1):
+                x = block.visit(x, cos, sin)
+                if progress is not None:
+                    progress(done, len(blocks))
+        with torch.inference_mode(False):
+            return x.clone()

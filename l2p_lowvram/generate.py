@@ -1,0 +1,296 @@
+"""The `generate` command: one model, one prompt, one picture per seed.
+
+Everything that can be refused is refused before the step that costs time: options and paths before the
+model is opened, sizes before the prompt is encoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import images, metadata
+from .order import Order, Picture, Preview, take_order
+from .peak_memory import peak_device_bytes, peak_rss_bytes, start_device_peak
+from .progress import Progress
+from .stdout import print_line
+from .user_input import InputError, describe_os_error, refusals, user_input
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from .pipeline import L2PPipeline
+
+DEMO_NOTICE = (
+    "no --model given: drawing coloured shapes with the embedded demo model; "
+    "for real pictures give --model (or L2P_MODEL) an L2P safetensors file, see the README"
+)
+
+
+@dataclass
+class Run:
+    """A command in progress: what it has done and found so far."""
+
+    order: Order
+    pipe: L2PPipeline
+    progress: Progress
+    preview: Preview | None
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        say(f"warning: {message}")
+
+    def warn_of_new(self, messages: Sequence[str]) -> None:
+        for message in messages:
+            if message not in self.warnings:
+                self.warn(message)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bool | Path | None) -> int:
+    """Run the command. model: None for the demo. prompt_cache: as `L2PPipeline.from_pretrained` takes it.
+
+    Raises InputError, NonFiniteError or KeyboardInterrupt; pictures finished by then stay.
+    """
+    started = time.perf_counter()
+    order = take_order(options, model or "demo")
+    notices = []
+    if model is None:
+        notices.append(DEMO_NOTICE)
+        say(DEMO_NOTICE)
+    run = Run(order, _load(order, prompt_cache), Progress(quiet=options.quiet), order.preview, notices)
+    run.add_seconds("load", time.perf_counter() - started)
+    run.warn_of_new(run.pipe.warnings)
+    with user_input():
+        settings = resolve_settings(run)
+    start_device_peak(run.pipe.device)
+
+    written = make_pictures(run, settings)
+
+    run.seconds["total"] = time.perf_counter() - started
+    report = make_report(run, settings, written)
+    if options.json:
+        print_line(json.dumps(report, indent=2))
+    if not options.quiet:
+        say(summary_line(report, run.progress.steps))
+    return 0
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _load(order: Order, prompt_cache: bool | Path | None) -> L2PPipeline:
+    from .pipeline import L2PPipeline
+
+    options = order.options
+    with user_input():
+        return L2PPipeline.from_pretrained(
+            order.model,
+            text_encoder=options.text_encoder,
+            tokenizer=options.tokenizer,
+            device=options.device,
+            dtype=None if options.dtype == "auto" else options.dtype,
+            prompt_cache=prompt_cache,
+            bf16_timestep=options.bf16_timestep,
+        )
+
+
+def resolve_settings(run: Run) -> metadata.RunSettings:
+    """Options over the model's defaults, for the first picture. Raises ValueError for what cannot be run."""
+    from .sampling import check_sigmas, make_sigmas
+
+    order, options, pipe = run.order, run.order.options, run.pipe
+    defaults = pipe.config.defaults
+    own_size = order.image.size if order.image is not None else (defaults.width, defaults.height)
+    width = own_size[0] if options.width is None else options.width
+    height = own_size[1] if options.height is None else options.height
+    pipe.config.check_size(width, height)
+    for picture in order.pictures:
+        images.check_side(picture.path, width, height)
+    if run.preview is not None:
+        images.check_side(run.preview.file(order.pictures[0].seed, 0), width, height)
+    if order.image is not None and order.image.width * height != order.image.height * width:
+        run.warn(f"the init image is {order.image.width}x{order.image.height}, stretched to {width}x{height}")
+
+    cfg_scale = defaults.cfg_scale if options.cfg_scale is None else options.cfg_scale
+    if order.negative_prompt and cfg_scale == 1:
+        run.warn("the negative prompt has no effect at --cfg-scale 1, which turns guidance off")
+
+    shift = defaults.shift if options.shift is None else options.shift
+    strength = 1.0 if order.image is None else order.strength
+    if options.sigmas is None:
+        steps = defaults.steps if options.steps is None else options.steps
+        make_sigmas(steps, shift, strength)
+    else:
+        steps = len(check_sigmas(options.sigmas)) - 1
+    own_sigmas = options.sigmas is not None
+    return metadata.RunSettings(
+        prompt=order.prompt,
+        negative_prompt=order.negative_prompt,
+        width=width,
+        height=height,
+        steps=steps,
+        cfg_scale=float(cfg_scale),
+        shift=None if own_sigmas else float(shift),
+        sigmas=tuple(options.sigmas) if own_sigmas else None,
+        seed=order.pictures[0].seed,
+        init_image=_init_image(order, None if own_sigmas else strength),
+        dtype=str(pipe.dtype).removeprefix("torch."),
+        device=str(pipe.device),
+        noise_device=str(pipe.device) if options.noise_device == "device" else "cpu",
+        bf16_timestep=options.bf16_timestep,
+    )
+
+
+def _init_image(order: Order, strength: float | None) -> metadata.InitImage | None:
+    if order.image_sha256 is None:
+        return None
+    return metadata.InitImage(Path(order.options.image).name, order.image_sha256, strength)
+
+
+def make_pictures(run: Run, settings: metadata.RunSettings) -> list[Picture]:
+    """Encode once, then one pipeline call per seed; each path is printed as its file is complete."""
+    order, quiet = run.order, run.order.options.quiet
+    if not quiet:
+        seeds = " ".join(str(picture.seed) for picture in order.pictures)
+        say(f"{settings.width}x{settings.height}, {settings.steps} steps, {settings.dtype}, seed {seeds}")
+    written: list[Picture] = []
+    try:
+        run.pipe.on_progress = run.progress.report
+        positive, negative = _encode(run, settings)
+        for picture in order.pictures:
+            label = f"picture {picture.index + 1}/{len(order.pictures)}"
+            with run.progress.picture(label, settings.steps):
+                image = _draw(run, settings, picture, positive, negative)
+            _save(run, settings, picture, image)
+            written.append(picture)
+            if not order.options.json:
+                print_line(str(picture.path))
+    except KeyboardInterrupt:
+        if len(order.pictures) > 1:
+            say(f"{len(written)} of {len(order.pictures)} pictures written")
+        raise
+    finally:
+        run.progress.close()
+        run.pipe.on_progress = None
+    return written
+
+
+def _encode(run: Run, settings: metadata.RunSettings) -> tuple[Tensor, Tensor | None]:
+    """Features of the prompt and, with guidance on, of the negative prompt."""
+    if run.pipe.text_encoder is None:
+        raise InputError(f"{run.order.model}: has no text encoder; name one with --text-encoder and --tokenizer")
+    started = time.perf_counter()
+    with user_input(), run.pipe.text_encoder.shared():
+        positive = run.pipe.encode_prompt(settings.prompt)
+        negative = run.pipe.encode_prompt(settings.negative_prompt) if settings.cfg_scale != 1 else None
+    run.add_seconds("text encoder", time.perf_counter() - started)
+    run.warn_of_new(run.pipe.warnings)
+    return positive, negative
+
+
+def _draw(
+    run: Run, settings: metadata.RunSettings, picture: Picture, positive: Tensor, negative: Tensor | None
+) -> Image:
+    def step_end(pipe: L2PPipeline, step: int, sigma: float, tensors: dict[str, Tensor]) -> None:
+        run.progress.step_done()
+        _save_preview(run, picture, step, tensors["denoised"])
+
+    order = run.order
+    started = time.perf_counter()
+    with refusals():
+        output = run.pipe(
+            width=settings.width,
+            height=settings.height,
+            num_inference_steps=None if settings.sigmas else settings.steps,
+            cfg_scale=settings.cfg_scale,
+            shift=settings.shift,
+            sigmas=settings.sigmas,
+            seed=picture.seed,
+            image=order.image,
+            strength=order.strength,
+            prompt_embeds=positive,
+            negative_prompt_embeds=negative,
+            callback_on_step_end=step_end,
+            noise_device=settings.noise_device,
+        )
+    run.add_seconds("denoise", output.seconds.get("denoise", time.perf_counter() - started))
+    result: Image = output.images[0]
+    return result
+
+
+def _save(run: Run, settings: metadata.RunSettings, picture: Picture, image: Image) -> None:
+    options = run.order.options
+    text = None
+    if not options.no_metadata:
+        text = metadata.text_entries(settings.with_seed(picture.seed), run.pipe.identity)
+    quality = images.DEFAULT_QUALITY if options.quality is None else options.quality
+    started = time.perf_counter()
+    try:
+        images.save_image(image, picture.path, text=text, overwrite=options.overwrite, quality=quality)
+    except OSError as error:  # the disk is full, or the name was taken while we computed
+        raise InputError(describe_os_error(error)) from error
+    run.add_seconds("save", time.perf_counter() - started)
+
+
+def _save_preview(run: Run, picture: Picture, step: int, denoised: Tensor) -> None:
+    if run.preview is None:
+        return
+    path = run.preview.file(picture.seed, step)
+    try:
+        images.save_image(images.to_pil(denoised[:1])[0], path, overwrite=True)
+    except OSError as error:  # the picture itself matters more
+        run.preview = None
+        run.warn(f"preview stopped, {describe_os_error(error)}")
+
+
+def make_report(run: Run, settings: metadata.RunSettings, written: Sequence[Picture]) -> dict[str, Any]:
+    """What `--json` prints."""
+    shared = metadata.settings_record(settings)
+    return {
+        "images": [
+            {
+                "path": str(picture.path),
+                "seed": picture.seed,
+                "index": picture.index,
+                "width": settings.width,
+                "height": settings.height,
+            }
+            for picture in written
+        ],
+        "prompt": shared.pop("prompt"),
+        "negative_prompt": shared.pop("negative_prompt"),
+        "settings": shared,
+        "model": dict(run.pipe.identity),
+        "versions": metadata.versions(),
+        "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(run.pipe.device),
+        "warnings": run.warnings,
+    }
+
+
+def summary_line(report: dict[str, Any], steps: int) -> str:
+    """`2 pictures in 31.0 s, 0.51 s/step, peak memory 1.20 GiB`."""
+    from offload import format_bytes
+
+    count, seconds = len(report["images"]), report["seconds"]
+    line = f"{count} picture{'' if count == 1 else 's'} in {seconds['total']:.1f} s"
+    if steps:
+        line += f", {seconds['denoise'] / steps:.3g} s/step"
+    line += f", peak memory {format_bytes(report['peak_rss_bytes'])}"
+    if report["peak_device_bytes"] is not None:
+        line += f", on the device {format_bytes(report['peak_device_bytes'])}"
+    return line

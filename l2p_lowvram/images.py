@@ -1,0 +1,189 @@
+"""Pixels to pictures and back: tensors in [-1, 1], PIL images, PNG, JPEG and WebP files."""
+
+from __future__ import annotations
+
+import json
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from .whole_file import whole_file
+
+DEFAULT_QUALITY = 95
+# The largest model family draws 10240 x 10240; a file that claims more than this is no picture for us.
+MAX_PIXELS = 1 << 27
+# The formats Pillow reads without an external program; the rest (EPS, for one) are not asked for.
+_READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_USER_COMMENT = 0x9286
+# One JPEG segment holds 65,533 bytes, and the EXIF structure takes a few.
+_MAX_COMMENT_BYTES = 65_000
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """name: as Pillow calls it. max_side: pixels the format can say. lossy: `quality` has a meaning."""
+
+    name: str
+    max_side: int
+    lossy: bool
+
+
+FORMATS: Mapping[str, ImageFormat] = MappingProxyType(
+    {
+        ".png": ImageFormat("PNG", 2**31 - 1, lossy=False),
+        ".jpg": ImageFormat("JPEG", 65_535, lossy=True),
+        ".jpeg": ImageFormat("JPEG", 65_535, lossy=True),
+        ".webp": ImageFormat("WEBP", 16_383, lossy=True),
+    }
+)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], any float dtype -> (B, H, W, 3) uint8 on the same device.
+
+    round(clamp((x + 1) / 2, 0, 1) * 255) in fp32, halves to even.
+    """
+    levels = (pixels.float() + 1).div_(2).clamp_(0, 1).mul_(255).round_()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> one RGB image each."""
+    return [Image.fromarray(picture) for picture in to_uint8(pixels).cpu().numpy()]
+
+
+def from_pil(image: Image.Image, width: int, height: int) -> Tensor:
+    """Any image -> (1, 3, H, W) fp32 in [-1, 1], p * (2 / 255) - 1.
+
+    Turned as its EXIF says, made RGB, and resized (Lanczos, without keeping the aspect ratio) only
+    where the size differs.
+    """
+    image = _upright_rgb(image)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    levels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)[None]
+    return levels.to(torch.float32, memory_format=torch.contiguous_format) * (2 / 255) - 1
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture in a file, RGB and turned as its EXIF says, read completely.
+
+    Raises OSError when the file cannot be opened, ValueError when it is no picture, is damaged, or
+    claims more than MAX_PIXELS (found out before any pixel is decoded).
+    """
+    with path.open("rb") as file:
+        try:
+            with warnings.catch_warnings():
+                # Pillow warns from 89 megapixels on, which is less than a 10K picture.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=_READ_FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            return _upright_rgb(image)
+        except UnidentifiedImageError:
+            raise ValueError(f"{path}: not a picture in {', '.join(_READ_FORMATS)} format") from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"{path}: has more than {MAX_PIXELS} pixels, the most that is read") from None
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+            # What Pillow's readers raise on damaged files. It repeats no path, and can span lines.
+            raise ValueError(f"{path}: damaged picture ({' '.join(str(error).split())})") from error
+
+
+def image_format(path: Path) -> ImageFormat:
+    """The format the suffix asks for. Raises ValueError naming the suffixes there are."""
+    chosen = FORMATS.get(path.suffix.lower())
+    if chosen is None:
+        found = f"got {path.suffix!r}" if path.suffix else "got none"
+        raise ValueError(f"{path}: the file name must end in {', '.join(FORMATS)}, {found}")
+    return chosen
+
+
+def check_side(path: Path, width: int, height: int) -> None:
+    """Raise ValueError if the format of `path` cannot hold a picture of that size."""
+    chosen = image_format(path)
+    if max(width, height) > chosen.max_side:
+        raise ValueError(
+            f"{path}: {chosen.name} holds at most {chosen.max_side} pixels a side, "
+            f"the picture has {width}x{height}; use .png"
+        )
+
+
+def save_image(
+    image: Image.Image,
+    path: Path,
+    *,
+    text: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    quality: int = DEFAULT_QUALITY,
+) -> None:
+    """Write PNG, JPEG or WebP by suffix; under `path` stands the whole picture or nothing.
+
+    text: entries to embed: PNG text chunks by these names; in JPEG and WebP the EXIF UserComment, which
+    holds the entry "parameters" and then, as far as a JPEG has room for them, the others as `, name: "…"`.
+    quality: 1 to 100, for JPEG and WebP.
+
+    Raises FileExistsError without `overwrite`, ValueError for another suffix or a picture too large for
+    the format, OSError when it cannot be written. An exception, Ctrl-C included, leaves no file behind.
+    """
+    chosen = image_format(path)
+    check_side(path, *image.size)
+    options = _png_options(text or {}) if chosen.name == "PNG" else _exif_options(text or {}, quality)
+    if chosen.name == "JPEG":
+        options["subsampling"] = 0  # full colour resolution: thin coloured outlines stay sharp
+    with whole_file(path, overwrite=overwrite) as file:
+        image.save(file, chosen.name, **options)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 bits a channel")
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion clips at 255, which leaves a white picture.
+        grey = np.rint(np.asarray(image, dtype=np.float64).clip(0, 65_535) / 257)
+        image = Image.fromarray(grey.astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _png_options(text: Mapping[str, str]) -> dict[str, Any]:
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in text.items():
+        chunks.add_text(name, value)  # tEXt, or iTXt where Latin-1 does not do
+    return {"pnginfo": chunks}
+
+
+def _exif_options(text: Mapping[str, str], quality: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"quality": quality}
+    comment = _user_comment(text)
+    if comment:
+        exif = Image.Exif()
+        exif[ExifTags.IFD.Exif] = {_USER_COMMENT: comment}
+        options["exif"] = exif.tobytes()
+    return options
+
+
+def _user_comment(text: Mapping[str, str]) -> bytes:
+    """The EXIF UserComment in the encoding A1111 writes and reads; empty for no text.
+
+    A picture is worth more than its note: what does not fit is left out, never a reason to fail.
+    """
+    pieces = [text["parameters"]] if "parameters" in text else []
+    pieces += [f"{name}: {json.dumps(value)}" for name, value in text.items() if name != "parameters"]
+    while pieces:
+        comment = b"UNICODE\0" + ", ".join(pieces).encode("utf-16-be")
+        if len(comment) <= _MAX_COMMENT_BYTES:
+            return comment
+        pieces.pop()
+    return b""

@@ -1,0 +1,189 @@
+"""Linear layers whose weights stay as the checkpoint stores them.
+
+A weight may be F32, BF16, F16, FP8 or INT8 and becomes the activation's dtype
+only while it is used, so a block's bytes in memory are its bytes on disk.
+Quantisation is symmetric: weight = stored * scale, optionally un-rotated.
+Rotation: ConvRot (regular Hadamard) and QuaRot (Sylvester Hadamard) store
+W H per group of input columns, H orthogonal and symmetric, so that applying H
+once more gives W back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+REGULAR, SYLVESTER = "regular", "sylvester"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A block-diagonal Hadamard rotation of the input columns, `group` columns a block."""
+
+    group: int
+    kind: str = REGULAR
+
+    def __post_init__(self) -> None:
+        if self.kind not in (REGULAR, SYLVESTER):
+            raise ValueError(f"rotation kind must be {REGULAR!r} or {SYLVESTER!r}, got {self.kind!r}")
+        power = self.group.bit_length() - 1
+        if self.group < 2 or self.group != 1 << power:
+            raise ValueError(f"rotation group must be a power of two, got {self.group}")
+        if self.kind == REGULAR and power % 2:
+            raise ValueError(f"a regular Hadamard rotation needs a power of four, got {self.group}")
+
+    def matrix(self) -> Tensor:
+        """The (group, group) fp32 matrix H: symmetric, orthogonal, its own inverse."""
+        return hadamard(self.group, self.kind, torch.device("cpu"))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., K) with every run of `group` columns multiplied by H, in fp32."""
+        blocks = x.float().unflatten(-1, (-1, self.group))
+        return (blocks @ hadamard(self.group, self.kind, x.device)).flatten(-2)
+
+
+@lru_cache(maxsize=16)
+def hadamard(size: int, kind: str, device: torch.device) -> Tensor:
+    """Normalised Hadamard matrix of order `size` as the Kronecker power of a small base.
+
+    "regular": base 4x4 with -1 on the anti-diagonal (every row sums to 1);
+    "sylvester": base [[1, 1], [1, -1]].
+    """
+    dtype = torch.float32
+    if kind == REGULAR:
+        base = torch.ones(4, 4, dtype=dtype) - 2 * torch.eye(4, dtype=dtype).flip(0)
+    else:
+        base = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=dtype)
+    matrix = torch.ones(1, 1, dtype=dtype)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, base)
+    return (matrix / math.sqrt(size)).to(device)
+
+
+def scale_block(shape: tuple[int, ...], rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a (rows, columns) weight that one element of a scale covers.
+
+    (), (1), (1, 1): the whole weight; (N), (N, 1): a row; (N/b, K/b): a square block of side b.
+    The row rule comes first, since a column of blocks with b = 1 has the same shape.
+    Raises ValueError for any other shape.
+    """
+    if shape in ((), (1,), (1, 1)):
+        return rows, columns
+    if shape in ((rows,), (rows, 1)):
+        return 1, columns
+    if len(shape) == 2 and all(shape):
+        block = rows // shape[0]
+        if (shape[0] * block, shape[1] * block) == (rows, columns):
+            return block, block
+    raise ValueError(f"scale of shape {list(shape)} fits no rule for a weight of shape [{rows}, {columns}]")
+
+
+def expand_scale(scale: Tensor, rows: int, columns: int) -> Tensor:
+    """A scale of any accepted shape as a tensor that broadcasts against (rows, columns).
+
+    Raises ValueError for a shape that `scale_block` refuses.
+    """
+    block_rows, block_columns = scale_block(tuple(scale.shape), rows, columns)
+    if (block_rows, block_columns) == (rows, columns):
+        return scale.reshape(1, 1)
+    if block_columns == columns:
+        return scale.reshape(-1, 1).repeat_interleave(block_rows, 0)
+    return scale.repeat_interleave(block_rows, 0).repeat_interleave(block_columns, 1)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b for a weight kept in its stored dtype.
+
+    weight: (N, K), any float dtype, or int8/float8 with `weight_scale`.
+    weight_scale: None or fp32 of any shape `expand_scale` takes.
+    rotation: how the stored weight is rotated along K, or None.
+    full_precision_matmul: the file asks that activations are never quantised here.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_scale: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_buffer("weight_scale", None)
+        self.rotation: Rotation | None = None
+        self.full_precision_matmul = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight.is_meta:
+            return  # torch would import its symbolic kernels to initialise nothing
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def quantize_(self, weight: Tensor, scale: Tensor, rotation: Rotation | None = None) -> None:
+        """Replace the weight by stored values and their scale (no copy is made)."""
+        expand_scale(scale, *weight.shape)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = scale.float()
+        self.rotation = rotation
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (N, K) in `dtype`; scaling and un-rotation happen in fp32."""
+        if self.weight_scale is None:
+            return self.weight.to(dtype)
+        weight = self.weight.float() * expand_scale(self.weight_scale, *self.weight.shape)
+        if self.rotation is not None:
+            weight = self.rotation.apply(weight)
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantized(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.weight.dtype}, rotation={self.rotation}"
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; the weight stays as stored."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose weights stay in their stored dtype and follow the input's on use.
+
+    On a CPU without half-precision kernels it computes in fp32 and rounds the result, which is what
+    accumulating in fp32 gives, and a hundred times faster than torch's fallback there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.float32 if _lacks_kernel(x) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+
+
+def _lacks_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _CPU_KERNELS and not _CPU_KERNELS[x.dtype]()
+
+
+@lru_cache
+def _onednn_has(kind: str) -> bool:
+    # Names torch keeps private; without them fp32 is always right.
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: False)())
+
+
+_CPU_KERNELS = {torch.bfloat16: lambda: _onednn_has("bf16"), torch.float16: lambda: _onednn_has("fp16")}

@@ -1,0 +1,327 @@
+"""The L2P transformer: Z-Image's single-stream diffusion transformer on pixel patches.
+
+prelude -> blocks -> epilogue. The blocks are visited in order and only ever see
+one token stream, so whoever drives the loop decides where their weights live
+and how many branches share a visit:
+
+    state = model.prelude(pixels, timestep, model.encode_caption(caption))
+    for block in model.blocks():
+        state = block.visit(state)
+    velocity = model.epilogue(state, pixels)
+
+Shape letters: B batch, L tokens, D token width, H heads, C channels.
+Source: the L2P and Z-Image reference implementations; their layer names are kept
+in the form that fuses to_q, to_k, to_v into `qkv`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import (
+    IMAGE_CHANNELS,
+    NORM_EPS,
+    ROPE_THETA,
+    TIMESTEP_FREQUENCIES,
+    TIMESTEP_SCALE,
+    TOKEN_MULTIPLE,
+    ModelConfig,
+)
+from .decoder import LocalDecoder
+from .linear import Linear, RMSNorm
+
+# (q, k, v), each (B, H, L, D) -> (B, H, L, D)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """(B, 3, H, W) -> (B, H/patch * W/patch, patch * patch * 3): patches row by row,
+    inside a patch row, column, channel with the channel fastest."""
+    batch, channels, height, width = pixels.shape
+    x = pixels.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+
+
+def rope_table(positions: Tensor, axes: Sequence[int]) -> Tensor:
+    """positions (L, 3) -> complex rotations (L, sum(axes) / 2), complex64.
+
+    Channel pair i of an axis of width d turns by position * 256^(-2i/d);
+    frequencies in float64, the angle rounded to fp32 as the reference does.
+    """
+    columns = []
+    for axis, width in enumerate(axes):
+        exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+        angle = positions[:, axis, None].double() / ROPE_THETA**exponent
+        columns.append(angle.float())
+    angles = torch.cat(columns, dim=1)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs of x (B, L, H, D) by rope (L, D/2), in fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with q/k RMSNorm before RoPE; one fused projection for q, k and v."""
+
+    def __init__(self, dim: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
+        self.q_norm = RMSNorm(dim // n_heads, NORM_EPS)
+        self.k_norm = RMSNorm(dim // n_heads, NORM_EPS)
+
+    def forward(self, x: Tensor, rope: Tensor, attend: Attention) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # each (B, L, H, D)
+        q = rotate(self.q_norm(q), rope)
+        k = rotate(self.k_norm(k), rope)
+        o = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out(o.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(SiLU(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
+        self.w3 = Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """One transformer layer: the unit of streaming.
+
+    With `modulated`, scales and tanh gates come from the timestep embedding
+    through adaLN; without (context refiner), scale is 1 and gate is 1.
+    """
+
+    def __init__(self, config: ModelConfig, *, modulated: bool) -> None:
+        super().__init__()
+        dim = config.dim
+        self.attention = SelfAttention(dim, config.n_heads)
+        self.feed_forward = FeedForward(dim, config.ffn_dim)
+        self.attention_norm1 = RMSNorm(dim, NORM_EPS)
+        self.attention_norm2 = RMSNorm(dim, NORM_EPS)
+        self.ffn_norm1 = RMSNorm(dim, NORM_EPS)
+        self.ffn_norm2 = RMSNorm(dim, NORM_EPS)
+        self.adaLN_modulation = nn.Sequential(Linear(config.timestep_dim, 4 * dim)) if modulated else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        timestep_embedding: Tensor | None = None,
+        attend: Attention = F.scaled_dot_product_attention,
+    ) -> Tensor:
+        """x (B, L, D), rope (L, head width / 2), timestep_embedding (B, T) -> (B, L, D)."""
+        if self.adaLN_modulation is None:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, attend))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        modulation = self.adaLN_modulation(timestep_embedding).unsqueeze(1)
+        scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
+        h = self.attention_norm1(x) * (1 + scale_attn)
+        x = x + gate_attn.tanh() * self.attention_norm2(self.attention(h, rope, attend))
+        h = self.ffn_norm1(x) * (1 + scale_ffn)
+        return x + gate_ffn.tanh() * self.ffn_norm2(self.feed_forward(h))
+
+
+class TimestepEmbedder(nn.Module):
+    """t = 1 - sigma -> (B, timestep_dim), through a 256-wide sinusoid (cosines first)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            Linear(TIMESTEP_FREQUENCIES, config.timestep_hidden),
+            nn.SiLU(),
+            Linear(config.timestep_hidden, config.timestep_dim),
+        )
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        half = TIMESTEP_FREQUENCIES // 2
+        index = torch.arange(half, dtype=torch.float32, device=t.device)
+        angle = (t * TIMESTEP_SCALE).float()[:, None] * torch.exp(-math.log(10000.0) * index / half)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A prompt as the transformer sees it: refined once, used in every step.
+
+    tokens (B, L, D) with L a multiple of 32, pads included; rope (L, head width / 2).
+    """
+
+    tokens: Tensor
+    rope: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class State:
+    """One branch on its way through the blocks.
+
+    tokens (B, L, D): the image tokens (pads included) while the noise refiner
+    runs, image then caption tokens afterwards. rope fits `tokens`.
+    """
+
+    tokens: Tensor
+    rope: Tensor
+    timestep_embedding: Tensor
+    caption: Caption
+    joined: bool = False
+
+    def join(self) -> State:
+        """Append the caption tokens, once."""
+        if self.joined:
+            return self
+        tokens = torch.cat([self.tokens, self.caption.tokens.expand(self.tokens.shape[0], -1, -1)], dim=1)
+        return replace(self, tokens=tokens, rope=torch.cat([self.rope, self.caption.rope]), joined=True)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A named unit of the transformer: `module`'s weights are all that a visit needs.
+
+    joint: runs on image and caption tokens together (else on image tokens alone).
+    """
+
+    name: str
+    module: TransformerBlock
+    joint: bool
+
+    def visit(self, state: State, attend: Attention = F.scaled_dot_product_attention) -> State:
+        state = state.join() if self.joint else state
+        tokens = self.module(state.tokens, state.rope, state.timestep_embedding, attend)
+        return replace(state, tokens=tokens)
+
+
+class L2PTransformer(nn.Module):
+    """Predicts the velocity (noise - picture) of a noisy picture, in pixel space."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.x_embedder = Linear(config.patch_size**2 * IMAGE_CHANNELS, dim)
+        self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
+        self.t_embedder = TimestepEmbedder(config)
+        self.cap_embedder = nn.Sequential(RMSNorm(config.caption_dim, NORM_EPS), Linear(config.caption_dim, dim))
+        self.noise_refiner = self._blocks(config.n_noise_refiner, modulated=True)
+        self.context_refiner = self._blocks(config.n_context_refiner, modulated=False)
+        self.layers = self._blocks(config.n_layers, modulated=True)
+        self.local_decoder = LocalDecoder(config.decoder, dim)
+
+    def _blocks(self, count: int, *, modulated: bool) -> nn.ModuleList:
+        return nn.ModuleList(TransformerBlock(self.config, modulated=modulated) for _ in range(count))
+
+    def blocks(self) -> list[Block]:
+        """The blocks of one denoising step, in the order they run (context refiner apart)."""
+        return [Block(f"noise_refiner.{i}", m, joint=False) for i, m in self._numbered(self.noise_refiner)] + [
+            Block(f"layers.{i}", m, joint=True) for i, m in self._numbered(self.layers)
+        ]
+
+    @staticmethod
+    def _numbered(modules: nn.ModuleList) -> Iterator[tuple[int, TransformerBlock]]:
+        for index, module in enumerate(modules):
+            assert isinstance(module, TransformerBlock)
+            yield index, module
+
+    def embed_caption(self, features: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Caption:
+        """Text features (L, C), or a batch of them whose padded lengths agree, as unrefined tokens.
+
+        Pads up to a multiple of 32 are real tokens: attended to, updated, and
+        counted in the positions. Raises ValueError for an empty or misshapen caption.
+        """
+        batch = [features] if isinstance(features, Tensor) else list(features)
+        width = self.config.caption_dim
+        for item in batch:
+            if item.dim() != 2 or item.shape[0] < 1 or item.shape[1] != width:
+                raise ValueError(f"text features must have shape (tokens, {width}), got {list(item.shape)}")
+        lengths = {padded_length(item.shape[0]) for item in batch}
+        if len(lengths) > 1:
+            raise ValueError(f"captions of one batch must pad to the same length, got {sorted(lengths)}")
+        length = lengths.pop()
+        rows = [pad_rows(self.cap_embedder(item.to(dtype)), length, self.cap_pad_token) for item in batch]
+        position = torch.zeros(length, 3, dtype=torch.float32, device=rows[0].device)
+        position[:, 0] = torch.arange(1, length + 1)
+        return Caption(torch.stack(rows), rope_table(position, self.config.rope_axes))
+
+    def encode_caption(
+        self,
+        features: Tensor | Sequence[Tensor],
+        dtype: torch.dtype = torch.float32,
+        attend: Attention = F.scaled_dot_product_attention,
+    ) -> Caption:
+        """`embed_caption` and the context refiner, which sees neither picture nor timestep:
+        the result holds for every step of a run."""
+        caption = self.embed_caption(features, dtype)
+        for _, block in self._numbered(self.context_refiner):
+            caption = replace(caption, tokens=block(caption.tokens, caption.rope, None, attend))
+        return caption
+
+    def prelude(self, pixels: Tensor, t: Tensor, caption: Caption) -> State:
+        """pixels (B, 3, H, W) and t (B,) = 1 - sigma -> the state that enters the first block."""
+        height, width = pixels.shape[-2:]
+        self.config.check_size(width, height)
+        patch = self.config.patch_size
+        grid = (height // patch, width // patch)
+        rows = self.x_embedder(patchify(pixels, patch))
+        length = padded_length(rows.shape[1])
+        tokens = torch.stack([pad_rows(row, length, self.x_pad_token) for row in rows])
+        rope = rope_table(image_positions(grid, caption.length, length, pixels.device), self.config.rope_axes)
+        return State(tokens, rope, self.t_embedder(t, pixels.dtype), caption)
+
+    def epilogue(self, state: State, pixels: Tensor) -> Tensor:
+        """The state after the last block -> velocity (B, 3, H, W)."""
+        return -self.local_decoder(pixels, self.feature_map(state, pixels))
+
+    def feature_map(self, state: State, pixels: Tensor) -> Tensor:
+        """The image tokens of a finished state as (B, D, H/patch, W/patch); pads are dropped."""
+        patch = self.config.patch_size
+        rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        return state.tokens[:, : rows * columns].transpose(1, 2).unflatten(2, (rows, columns))
+
+    def forward(
+        self, pixels: Tensor, t: Tensor, caption: Caption, attend: Attention = F.scaled_dot_product_attention
+    ) -> Tensor:
+        """pixels (B, 3, H, W) at noise level sigma, t (B,) = 1 - sigma -> velocity (B, 3, H, W)."""
+        state = self.prelude(pixels, t, caption)
+        for block in self.blocks():
+            state = block.visit(state, attend)
+        return self.epilogue(state, pixels)
+
+
+def padded_length(tokens: int) -> int:
+    return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def pad_rows(rows: Tensor, length: int, pad: Tensor) -> Tensor:
+    """rows (L, D) followed by copies of pad (1, D) up to `length`."""
+    return torch.cat([rows, pad.to(rows.dtype).expand(length - rows.shape[0], -1)])
+
+
+def image_positions(grid: tuple[int, int], caption_length: int, length: int, device: torch.device) -> Tensor:
+    """(length, 3): (caption_length + 1, row, column) per image token, (0, 0, 0) per pad."""
+    rows, columns = grid
+    position = torch.zeros(length, 3, dtype=torch.float32, device=device)
+    used = position[: rows * columns].view(rows, columns, 3)
+    used[..., 0] = caption_length + 1
+    used[..., 1] = torch.arange(rows, device=device)[:, None]
+    used[..., 2] = torch.arange(columns, device=device)
+    return position

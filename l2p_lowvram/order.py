@@ -1,0 +1,204 @@
+"""What the `generate` command is asked for, checked as far as it can be without a model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import images
+from .user_input import InputError, user_input
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEFAULT_STRENGTH = 0.6
+# The encoder reads 512 tokens; a longer text than this is the wrong file.
+MAX_PROMPT_BYTES = 65_536
+MAX_SEED = 2**63 - 1
+RANDOM_SEED = -1
+# Random seeds are short enough to copy by hand.
+_RANDOM_SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture asked for."""
+
+    seed: int
+    index: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Where the estimate of each step goes: one file that is replaced, or a folder with a file a step."""
+
+    path: Path
+    is_folder: bool
+
+    def file(self, seed: int, step: int) -> Path:
+        return self.path / f"{seed}_step_{step + 1:03d}.png" if self.is_folder else self.path
+
+
+@dataclass(frozen=True)
+class Order:
+    """A checked request. options: as parsed, for those that need no checking or a model to be checked."""
+
+    model: str
+    prompt: str
+    negative_prompt: str
+    pictures: tuple[Picture, ...]
+    preview: Preview | None
+    image: Image | None
+    image_sha256: str | None
+    options: argparse.Namespace = field(repr=False)
+
+    @property
+    def strength(self) -> float:
+        return DEFAULT_STRENGTH if self.options.strength is None else float(self.options.strength)
+
+
+def take_order(options: argparse.Namespace, model: str) -> Order:
+    """Check what was asked for and read the prompt and the init image. Raises InputError."""
+    with user_input():
+        _check_combinations(options)
+        for name, path in (("--text-encoder", options.text_encoder), ("--tokenizer", options.tokenizer)):
+            if path is not None and not Path(path).expanduser().exists():
+                raise InputError(f"{name} {path}: no such file or folder")
+        prompt = read_prompt(options.prompt, options.prompt_file)
+        seeds = choose_seeds(options.seed, options.count)
+        pictures = name_pictures(options.output, seeds)
+        for picture in pictures:
+            _check_destination(picture.path, overwrite=options.overwrite)
+        preview = None if options.preview is None else _take_preview(Path(options.preview), pictures)
+        image, digest = None, None
+        if options.image is not None:
+            image = images.read_image(Path(options.image))
+            digest = _file_sha256(Path(options.image))
+        negative = _check_text(options.negative_prompt, "negative prompt")
+        return Order(model, prompt, negative, pictures, preview, image, digest, options)
+
+
+def _check_combinations(options: argparse.Namespace) -> None:
+    if options.sigmas is not None:
+        for name in ("steps", "shift", "strength"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--sigmas says everything about the schedule; leave out --{name}")
+    if options.strength is not None and options.image is None:
+        raise InputError("--strength says how far to depart from --image; there is no --image")
+    if options.quality is not None and not images.image_format(Path(options.output)).lossy:
+        raise InputError(f"--quality is for JPEG and WebP, {options.output} is lossless")
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt itself, or from standard input ("-") or a file, without the line end at its end."""
+    if prompt is not None and prompt != "-":
+        return _check_text(prompt, "prompt")
+    if prompt_file is not None and prompt_file != "-":
+        place = prompt_file
+        with Path(prompt_file).open("rb") as file:
+            raw = file.read(MAX_PROMPT_BYTES + 1)
+    else:
+        place = "standard input"
+        if sys.stdin is None:
+            raise InputError("the prompt was to come from standard input, which is closed")
+        raw = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if len(raw) <= MAX_PROMPT_BYTES:
+            raise InputError(f"{place}: the prompt is not UTF-8 text ({error.reason})") from error
+        text = raw.decode("utf-8-sig", errors="replace")  # cut inside a character; too long anyway
+    text = _check_text(text, f"{place}: the prompt").rstrip("\r\n")
+    if not text.strip():
+        raise InputError(f"{place}: the prompt is empty")
+    return text
+
+
+def _check_text(text: str, what: str) -> str:
+    try:
+        nbytes = len(text.encode())
+    except UnicodeEncodeError as error:  # an argument in bytes that are no text
+        raise InputError(f"{what} is not valid text in this locale ({error.reason})") from error
+    if nbytes > MAX_PROMPT_BYTES:
+        raise InputError(f"{what} is longer than {MAX_PROMPT_BYTES} bytes; the encoder reads 512 tokens of it")
+    return text
+
+
+def choose_seeds(seeds: Sequence[int] | None, count: int) -> list[int]:
+    """One seed per picture: those given, or `count` in a row from the one given or a random one."""
+    if seeds is not None and len(seeds) > 1 and count > 1:
+        raise InputError(f"--count {count} counts up from a single seed, got {len(seeds)} seeds")
+    chosen = [secrets.randbelow(_RANDOM_SEEDS) if seed == RANDOM_SEED else seed for seed in seeds or [-1]]
+    if len(chosen) == 1:
+        chosen = [chosen[0] + offset for offset in range(count)]
+    for seed in chosen:
+        if not 0 <= seed <= MAX_SEED:
+            raise InputError(f"seed must lie in 0 to {MAX_SEED} (or be -1 for a random one), got {seed}")
+    return chosen
+
+
+def name_pictures(pattern: str, seeds: Sequence[int]) -> tuple[Picture, ...]:
+    """Fill `{seed}` and `{index}` (from 0) into the name. Raises InputError for names that collide."""
+    pictures = tuple(
+        # replace, not format: braces may stand in file names, and `{seed.__class__}` must mean nothing.
+        Picture(seed, index, Path(pattern.replace("{seed}", str(seed)).replace("{index}", str(index))))
+        for index, seed in enumerate(seeds)
+    )
+    if len(pictures) > 1 and "{seed}" not in pattern and "{index}" not in pattern:
+        raise InputError(
+            f"--output {pattern} is one name for {len(pictures)} pictures; put {{seed}} or {{index}} into it"
+        )
+    seen: dict[str, Picture] = {}
+    for picture in pictures:
+        other = seen.setdefault(_same_file_key(picture.path), picture)
+        if other is not picture:
+            raise InputError(f"two pictures would be written to {picture.path}; put {{index}} into the name")
+    return pictures
+
+
+def _same_file_key(path: Path) -> str:
+    return os.path.normcase(path.parent.resolve() / path.name)
+
+
+def _check_destination(path: Path, *, overwrite: bool) -> None:
+    """Raise InputError unless a picture can be saved there, as far as that can be told beforehand."""
+    images.image_format(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: the folder {path.parent} is not writable")
+    if not overwrite and os.path.lexists(path):
+        raise InputError(f"{path}: exists already; give --overwrite or another --output")
+
+
+def _take_preview(path: Path, pictures: Sequence[Picture]) -> Preview:
+    """A file if the name ends like one, else a folder, which is made. Previews replace older ones."""
+    if path.suffix.lower() in images.FORMATS and not path.is_dir():
+        _check_destination(path, overwrite=True)
+        if _same_file_key(path) in {_same_file_key(picture.path) for picture in pictures}:
+            raise InputError(f"{path}: is named by both --preview and --output")
+        return Preview(path, is_folder=False)
+    if path.suffix and not path.is_dir():
+        images.image_format(path)  # raises: a name that ends like a picture's is no folder's
+    path.mkdir(exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: the preview folder is not writable")
+    return Preview(path, is_folder=True)
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

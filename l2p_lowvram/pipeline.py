@@ -1,0 +1,527 @@
+"""L2PPipeline: prompt -> features -> denoised pixels -> pictures.
+
+Composes the plain modules: encodes (and lets go of the text encoder), refines
+the captions once, then walks the blocks once per step with every branch.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from . import images, sampling
+from .config import IMAGE_CHANNELS, ModelConfig
+from .devices import choose_device, choose_dtype, full_fp32
+from .encoder import LazyTextEncoder
+from .errors import NonFiniteError
+from .model import Caption, L2PTransformer
+from .prompt_cache import PromptCache
+from .prompts import PromptEncoder
+from .repository import ModelFiles, header_sha256, locate_model
+
+StepCallback = Callable[["L2PPipeline", int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
+ProgressCallback = Callable[[str, int, int], None]
+Prompts = str | Sequence[str]
+Embeds = Tensor | Sequence[Tensor]
+OUTPUT_TYPES = ("pil", "pt", "np")
+
+
+@dataclass
+class PipelineOutput:
+    """images: list of PIL images, a float tensor (B, 3, H, W) in [-1, 1] ("pt"), or uint8 (B, H, W, 3) ("np").
+
+    seeds: the seed of each picture, None when the noise came from elsewhere.
+    seconds: time per phase. interrupted: the run was stopped early; the pictures
+    are then the estimates of the last step done.
+    """
+
+    images: Any
+    seeds: list[int] | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked request: everything the denoising loop needs."""
+
+    pixels: Tensor  # (B, 3, H, W) fp32, the start
+    sigmas: Tensor  # (steps + 1,) fp32, the last 0
+    positive: list[Caption]
+    negative: list[Caption] | None
+    cfg_scale: float
+    callback: StepCallback | None
+
+
+class L2PPipeline:
+    """A loaded model and what it needs to turn prompts into pictures.
+
+    on_progress, if set, is called with (phase, done, total): "text encoder"
+    counts encoder layers, "denoise" the blocks within the current step.
+    """
+
+    def __init__(
+        self,
+        transformer: L2PTransformer,
+        *,
+        text_encoder: LazyTextEncoder | None = None,
+        prompt_encoder: PromptEncoder | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        bf16_timestep: bool = False,
+        identity: dict[str, object] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.bf16_timestep = bf16_timestep
+        self.identity = identity or {}
+        self._warnings = tuple(warnings)
+        self.on_progress: ProgressCallback | None = None
+        self._prompts = prompt_encoder
+        self._interrupted = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        text_encoder: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | None = None,
+        prompt_cache: bool | str | os.PathLike[str] | None = None,
+        bf16_timestep: bool = False,
+    ) -> L2PPipeline:
+        """Open a model; weights stay in the file until they are used.
+
+        model: a .safetensors file, a sharded set's index, a folder
+            (model.safetensors + optional l2p.json, text_encoder/, tokenizer/), or "demo".
+        text_encoder, tokenizer: a file or folder each, instead of the model folder's own.
+            Without a text encoder the pipeline runs from `prompt_embeds` alone.
+        device: "auto" takes CUDA where there is one. dtype: torch dtype, "bf16",
+            "fp16", "fp32", or None for bf16 where the device computes it natively, else fp32.
+        prompt_cache: keep prompt features on disk: True for the user's cache folder, or a folder.
+        bf16_timestep: round the timestep as the original pipeline does (for comparisons only).
+
+        Raises CheckpointError for a file that is refused, ValueError or FileNotFoundError otherwise.
+        """
+        place = choose_device(device)
+        kind = choose_dtype(dtype, place)
+        files = locate_model(model, text_encoder=text_encoder, tokenizer=tokenizer)
+        return cls.from_files(files, place, kind, prompt_cache=prompt_cache, bf16_timestep=bf16_timestep)
+
+    @classmethod
+    def from_files(
+        cls,
+        files: ModelFiles,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        prompt_cache: bool | str | os.PathLike[str] | None = None,
+        bf16_timestep: bool = False,
+    ) -> L2PPipeline:
+        """`from_pretrained` once it is known which files make up the model."""
+        # All that can be refused from headers comes before weights go to a device.
+        encoder = files.text_encoder(device, dtype)
+        tokenizer = files.tokenizer() if encoder is not None else None
+        if encoder is not None:
+            files.check_width(encoder.config.hidden_size)
+        loaded = files.load_transformer(device)
+        cache = None
+        if prompt_cache is not None and prompt_cache is not False:
+            cache = PromptCache(None if prompt_cache is True else Path(prompt_cache))
+        identity, prompts = dict(loaded.identity), None
+        if encoder is not None and tokenizer is not None:
+            prompts = PromptEncoder(encoder, tokenizer, cache)
+            identity["text_encoder"] = {"file": encoder.path.name, "header_sha256": header_sha256(encoder.files)}
+            identity["tokenizer_sha256"] = tokenizer.identity
+        return cls(
+            loaded.transformer,
+            text_encoder=encoder,
+            prompt_encoder=prompts,
+            device=device,
+            dtype=dtype,
+            bf16_timestep=bf16_timestep,
+            identity=identity,
+            warnings=loaded.warnings,
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.transformer.config
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd about the model, and why prompts are not cached if that failed."""
+        cache = self._prompts.cache if self._prompts is not None else None
+        return self._warnings if cache is None or cache.warning is None else (*self._warnings, cache.warning)
+
+    def interrupt(self) -> None:
+        """Stop after the current step (from a callback or another thread)."""
+        self._interrupted = True
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """prompt -> features (tokens, width) in the pipeline's dtype, on its device.
+
+        The text encoder's memory is given back before this returns. Raises
+        ValueError without a text encoder, NonFiniteError if it overflows.
+        """
+        if self._prompts is None:
+            raise ValueError(
+                "this model has no text encoder; give text_encoder= and tokenizer=, or run from prompt_embeds"
+            )
+        features = self._prompts(prompt, self._report("text encoder"))
+        if not features.isfinite().all():
+            raise NonFiniteError("text encoder", hint="try dtype fp32")
+        return outside_inference_mode(features.to(self.device, self.dtype))
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: Prompts | None = None,
+        negative_prompt: Prompts | None = "",
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        cfg_scale: float | None = None,
+        shift: float | None = None,
+        sigmas: Sequence[float] | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        image: Image.Image | Tensor | None = None,
+        strength: float = 0.6,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Embeds | None = None,
+        negative_prompt_embeds: Embeds | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        noise_device: str | torch.device = "cpu",
+    ) -> PipelineOutput:
+        """Make one picture per prompt and `num_images_per_prompt`.
+
+        prompt, negative_prompt: text, or a list of texts (one negative prompt serves all).
+        height, width: pixels, multiples of `config.size_multiple`; default: the
+            image's size for img2img, else the model's.
+        cfg_scale c: negative + c * (positive - negative); 1.0 turns guidance off and halves
+            the work. It is diffusers' Z-Image `guidance_scale` + 1. Default: the model's; 1.0 where
+            there is neither a text encoder nor negative_prompt_embeds.
+        sigmas: own noise levels, descending within (0, 1]; the final 0 is appended.
+            Excludes num_inference_steps, shift and strength.
+        seed: of the first picture, the next takes seed + 1, and so on; noise is drawn on
+            `noise_device` one picture at a time, so a picture depends on its own seed alone.
+            generator: a torch generator (or one per picture) instead.
+        latents: the initial noise (B, 3, H, W) itself.
+        image: start from this picture (PIL, or a tensor (3, H, W) or (1, 3, H, W) in [-1, 1])
+            noised to `strength`; a PIL image of another size is resized.
+        prompt_embeds, negative_prompt_embeds: (tokens, width), or a list of them, instead of text.
+        output_type: "pil", "pt" or "np"; see PipelineOutput.
+        callback_on_step_end(pipe, step, sigma, tensors): after each step, with the noise level just
+            reached, tensors["latents"] and tensors["denoised"] (the current estimate of the clean
+            picture), both (B, 3, H, W). It may replace tensors["latents"], or return a dict that does.
+
+        Raises ValueError for bad arguments, NonFiniteError when the sample overflows.
+        """
+        self._interrupted = False
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        image = _check_image(image)
+        count = _count(num_images_per_prompt)
+        cfg = self._cfg_scale(cfg_scale, negative_prompt_embeds)
+        schedule = self._schedule(num_inference_steps, shift, sigmas, strength if image is not None else 1.0)
+        width, height = self._size(width, height, image, latents)
+        prompts = _prompt_list(prompt, prompt_embeds)
+        negatives = _negative_list(negative_prompt, negative_prompt_embeds, len(prompts)) if cfg != 1 else None
+        batch = len(prompts) * count
+        noise, seeds = self._noise((batch, IMAGE_CHANNELS, height, width), seed, generator, latents, noise_device)
+        pixels = noise
+        if image is not None:
+            picture = self._picture(image, width, height).to(noise.device)
+            pixels = sampling.add_noise(picture, noise, schedule[0])
+        _require_finite(pixels, "latents" if latents is not None else "image")
+
+        started = time.perf_counter()
+        features = self._features([*prompts, *(negatives or [])])
+        encoded = time.perf_counter()
+        captions = self._captions(features)
+        job = _Job(
+            pixels.to(self.device),
+            schedule.to(self.device),
+            _repeat(captions[: len(prompts)], count),
+            None if negatives is None else _repeat(captions[len(prompts) :], count),
+            cfg,
+            callback_on_step_end,
+        )
+        with full_fp32(self.device, self.dtype):
+            result = self._denoise(job)
+        seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
+        return PipelineOutput(_as_output(result, output_type), seeds, seconds, self._interrupted)
+
+    def _denoise(self, job: _Job) -> Tensor:
+        """The Euler loop. Returns the final pixels, or the last estimate after `interrupt`."""
+        pixels, steps = job.pixels, len(job.sigmas) - 1
+        for step in range(steps):
+            sigma, next_sigma = job.sigmas[step], job.sigmas[step + 1]
+            velocity = self._guided_velocity(job, pixels, sigma, step)
+            estimate = sampling.denoised(pixels, velocity, sigma)
+            pixels = sampling.euler_step(pixels, velocity, sigma, next_sigma)
+            if not pixels.isfinite().all():
+                raise NonFiniteError("sampler", step, steps, hint=f"is a cfg_scale of {job.cfg_scale:g} meant?")
+            if job.callback is not None:
+                pixels = self._call_back(job.callback, step, float(next_sigma), pixels, estimate)
+                if not pixels.isfinite().all():
+                    raise NonFiniteError("callback", step, steps)
+            if self._interrupted:
+                return estimate
+        return pixels
+
+    def _call_back(self, callback: StepCallback, step: int, sigma: float, pixels: Tensor, estimate: Tensor) -> Tensor:
+        tensors = {"latents": pixels, "denoised": estimate}
+        returned = callback(self, step, sigma, tensors)
+        replaced = (tensors if returned is None else {**tensors, **returned})["latents"]
+        if replaced.shape != pixels.shape:
+            raise ValueError(
+                f"the callback returned latents of shape {list(replaced.shape)}, expected {list(pixels.shape)}"
+            )
+        return replaced.to(pixels)
+
+    def _guided_velocity(self, job: _Job, pixels: Tensor, sigma: Tensor, step: int) -> Tensor:
+        """(B, 3, H, W) fp32. The branches of all pictures share each block visit: every block's
+        weights are needed once a step, while shapes and bits stay those of single runs."""
+        inputs = pixels.to(self.dtype).split(1)
+        captions = list(job.positive) + list(job.negative or [])
+        branches = list(zip(list(inputs) * (len(captions) // len(inputs)), captions, strict=True))
+        velocities = self._velocities(branches, sigma, (step, len(job.sigmas) - 1))
+        positive = torch.cat(velocities[: len(inputs)]).float()
+        if job.negative is None:
+            return positive
+        return sampling.guide(positive, torch.cat(velocities[len(inputs) :]).float(), job.cfg_scale)
+
+    def _velocities(
+        self, branches: Sequence[tuple[Tensor, Caption]], sigma: Tensor, step: tuple[int, int]
+    ) -> list[Tensor]:
+        """One forward of every (pixels, caption) branch, block by block."""
+        t = sampling.model_time(sigma.reshape(1), bf16=self.bf16_timestep)
+        states = [self.transformer.prelude(pixels, t, caption) for pixels, caption in branches]
+        blocks = self.transformer.blocks()
+        report = self._report("denoise")
+        report(0, len(blocks))
+        for done, block in enumerate(blocks, 1):
+            states = [block.visit(state) for state in states]
+            report(done, len(blocks))
+        velocities = []
+        for (pixels, _), state in zip(branches, states, strict=True):
+            velocity = self.transformer.epilogue(state, pixels)
+            if not velocity.isfinite().all():
+                phase = "local decoder" if state.tokens.isfinite().all() else "transformer"
+                raise NonFiniteError(phase, *step, hint="" if self.dtype == torch.float32 else "try dtype fp32")
+            velocities.append(velocity)
+        return velocities
+
+    def _report(self, phase: str) -> Callable[[int, int], None]:
+        callback = self.on_progress
+        return (lambda done, total: None) if callback is None else lambda done, total: callback(phase, done, total)
+
+    def _schedule(
+        self, steps: int | None, shift: float | None, sigmas: Sequence[float] | None, strength: float
+    ) -> Tensor:
+        defaults = self.config.defaults
+        if sigmas is None:
+            steps = defaults.steps if steps is None else steps
+            return sampling.make_sigmas(steps, defaults.shift if shift is None else shift, strength)
+        if steps is not None or shift is not None:
+            raise ValueError("sigmas says everything about the schedule; leave out num_inference_steps and shift")
+        return sampling.check_sigmas(sigmas)
+
+    def _size(
+        self, width: int | None, height: int | None, image: Image.Image | Tensor | None, latents: Tensor | None
+    ) -> tuple[int, int]:
+        """Width and height, checked. Raises ValueError."""
+        own = (self.config.defaults.width, self.config.defaults.height)
+        if latents is not None:
+            if latents.dim() != 4 or latents.shape[1] != IMAGE_CHANNELS:
+                raise ValueError(f"latents must have shape (B, 3, H, W), got {list(latents.shape)}")
+            own = (latents.shape[3], latents.shape[2])
+        elif isinstance(image, Image.Image):
+            own = image.size
+        elif image is not None:
+            own = (image.shape[-1], image.shape[-2])
+        width, height = (own[0] if width is None else width), (own[1] if height is None else height)
+        self.config.check_size(width, height)
+        return width, height
+
+    def _noise(
+        self,
+        shape: tuple[int, int, int, int],
+        seed: int | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+        noise_device: str | torch.device,
+    ) -> tuple[Tensor, list[int] | None]:
+        """The initial noise (B, 3, H, W) in fp32, and the pictures' seeds where seeds made it."""
+        if sum(source is not None for source in (seed, generator, latents)) > 1:
+            raise ValueError("give one of seed, generator and latents")
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents must have shape {list(shape)} here, got {list(latents.shape)}")
+            return latents.float(), None
+        single = (1, *shape[1:])
+        if generator is not None:
+            if isinstance(generator, torch.Generator):
+                return sampling.make_noise(shape, generator), None
+            if len(generator) != shape[0]:
+                raise ValueError(f"{len(generator)} generators for {shape[0]} pictures; give one, or one each")
+            return torch.cat([sampling.make_noise(single, g) for g in generator]), None
+        first = secrets.randbelow(2**32) if seed is None else _seed(seed)
+        seeds = [first + index for index in range(shape[0])]
+        place = choose_device(noise_device)
+        generators = [torch.Generator(place).manual_seed(value) for value in seeds]
+        return torch.cat([sampling.make_noise(single, g) for g in generators]), seeds
+
+    def _picture(self, image: Image.Image | Tensor, width: int, height: int) -> Tensor:
+        """img2img's start (1, 3, H, W) in fp32."""
+        if isinstance(image, Image.Image):
+            return images.from_pil(image, width, height)
+        picture = image[None] if image.dim() == 3 else image
+        if tuple(picture.shape) != (1, IMAGE_CHANNELS, height, width):
+            raise ValueError(f"image must have shape (3, {height}, {width}) for this size, got {list(image.shape)}")
+        return picture.float()
+
+    def _features(self, items: Sequence[str | Tensor]) -> list[Tensor]:
+        """Features (tokens, width) of every prompt: each text encoded once, given tensors moved once.
+
+        The text encoder's weights stay for all of them and are gone afterwards.
+        """
+        known: dict[str | int, Tensor] = {}
+        keep = nullcontext() if self.text_encoder is None else self.text_encoder.shared()
+        with keep:
+            for item in items:
+                if isinstance(item, Tensor):
+                    _require_finite(item, "prompt_embeds")
+                    known.setdefault(id(item), item.to(self.device, self.dtype))
+                elif item not in known:
+                    known[item] = self.encode_prompt(item)
+        return [known[id(item) if isinstance(item, Tensor) else item] for item in items]
+
+    def _cfg_scale(self, value: float | None, negative: Embeds | None) -> float:
+        """The guidance asked for; by default the model's, or none where no negative prompt can be had."""
+        if value is None:
+            guided = self._prompts is not None or negative is not None
+            return self.config.defaults.cfg_scale if guided else 1.0
+        if not np.isfinite(value):
+            raise ValueError(f"cfg_scale must be a finite number, got {value!r}")
+        if value != 1 and self._prompts is None and negative is None:
+            raise ValueError(
+                f"cfg_scale {value:g} needs a negative prompt, which a model without a text encoder cannot "
+                "make; give negative_prompt_embeds or cfg_scale=1"
+            )
+        return float(value)
+
+    def _captions(self, features: Sequence[Tensor]) -> list[Caption]:
+        """Each distinct feature tensor through the context refiner, once."""
+        refined: dict[int, Caption] = {}
+        for item in features:
+            if id(item) not in refined:
+                refined[id(item)] = self.transformer.encode_caption(item, self.dtype)
+        return [refined[id(item)] for item in features]
+
+
+def _repeat(captions: Sequence[Caption], count: int) -> list[Caption]:
+    """Picture order: all pictures of the first prompt, then of the second, and so on."""
+    return [caption for caption in captions for _ in range(count)]
+
+
+def _count(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"num_images_per_prompt must be a whole number from 1, got {value!r}")
+    return value
+
+
+def _seed(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
+    return value
+
+
+def _check_image(image: object) -> Image.Image | Tensor | None:
+    """The image upright, if it is one that img2img takes. Raises ValueError."""
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image)
+    if isinstance(image, Tensor) and image.dim() in (3, 4) and image.dtype.is_floating_point:
+        return image
+    what = f"{image.dtype} tensor {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+    raise ValueError(f"image must be a PIL image, or a float tensor (3, H, W) or (1, 3, H, W) in [-1, 1], got {what}")
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{what} holds NaN or infinity")
+
+
+def _prompt_list(prompt: Prompts | None, embeds: Embeds | None) -> list[str | Tensor]:
+    """The prompts as a list of texts or feature tensors. Raises ValueError unless exactly one is given."""
+    if (prompt is None) == (embeds is None):
+        raise ValueError("give either prompt or prompt_embeds")
+    if embeds is not None:
+        items: list[str | Tensor] = [embeds] if isinstance(embeds, Tensor) else list(embeds)
+    else:
+        assert prompt is not None
+        items = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not items:
+        raise ValueError("the list of prompts is empty")
+    return _check_items(items, "prompt")
+
+
+def _check_items(items: list[str | Tensor], what: str) -> list[str | Tensor]:
+    for item in items:
+        if not isinstance(item, str | Tensor):
+            raise ValueError(f"{what} must be text, or features as a tensor, got {type(item).__name__}")
+    return items
+
+
+def _negative_list(negative: Prompts | None, embeds: Embeds | None, count: int) -> list[str | Tensor]:
+    """One negative prompt per prompt; a single one serves all."""
+    negative = "" if negative is None else negative
+    if embeds is not None:
+        if negative:
+            raise ValueError("give either negative_prompt or negative_prompt_embeds")
+        items: list[str | Tensor] = [embeds] if isinstance(embeds, Tensor) else list(embeds)
+    else:
+        items = [negative] if isinstance(negative, str) else list(negative)
+    if len(items) == 1:
+        items = items * count
+    if len(items) != count:
+        raise ValueError(f"{len(items)} negative prompts for {count} prompts; give one, or one each")
+    return _check_items(items, "negative_prompt")
+
+
+def outside_inference_mode(tensor: Tensor) -> Tensor:
+    """A copy that callers may train with: tensors made in inference mode refuse autograd for ever."""
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+def _as_output(pixels: Tensor, output_type: str) -> Any:
+    if output_type == "pt":
+        return outside_inference_mode(pixels.float())
+    if output_type == "np":
+        return images.to_uint8(pixels).cpu().numpy()
+    return images.to_pil(pixels)

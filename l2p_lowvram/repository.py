@@ -1,0 +1,145 @@
+"""Which files make up a model: one file, a sharded set, a model folder, or the demo.
+
+FOLDER/
+  model.safetensors     or model.safetensors.index.json and its shards
+  l2p.json              optional: RoPE axes and sampling defaults
+  text_encoder/         optional: config.json and safetensors files
+  tokenizer/            optional: tokenizer.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from offload import Checkpoint, CheckpointError
+
+from .encoder import LazyTextEncoder
+from .layout import read_layout
+from .model import L2PTransformer
+from .text import PromptTokenizer
+from .weights import load_transformer
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo" / "assets"
+TOKENIZER_FILE = "tokenizer.json"
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class LoadedTransformer:
+    transformer: L2PTransformer
+    identity: dict[str, object]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """weights: file, index or folder. text_encoder_path, tokenizer_path: None where the model has none."""
+
+    weights: Path
+    text_encoder_path: Path | None = None
+    tokenizer_path: Path | None = None
+
+    def load_transformer(self, device: torch.device) -> LoadedTransformer:
+        """Raises CheckpointError."""
+        with Checkpoint.open(self.weights) as checkpoint:
+            layout = read_layout(checkpoint)
+            identity: dict[str, object] = {
+                "file": DEMO if self.weights == DEMO_FOLDER else self.weights.name,
+                "bytes": sum(file.stat().st_size for file in checkpoint.files),
+                "header_sha256": header_sha256(checkpoint.files),
+                "family": layout.family,
+            }
+            transformer = load_transformer(checkpoint, layout, device=device)
+        return LoadedTransformer(transformer, identity, layout.warnings)
+
+    def check_width(self, features: int) -> None:
+        """Raise ValueError unless the model reads text features of that width (headers only)."""
+        with Checkpoint.open(self.weights) as checkpoint:
+            width = read_layout(checkpoint).config.caption_dim
+        if features != width:
+            raise ValueError(
+                f"{self.text_encoder_path}: the text encoder makes features of width {features}, "
+                f"the model reads {width}; they do not belong together"
+            )
+
+    def text_encoder(self, device: torch.device, dtype: torch.dtype) -> LazyTextEncoder | None:
+        """Raises CheckpointError."""
+        if self.text_encoder_path is None:
+            return None
+        return LazyTextEncoder(self.text_encoder_path, device=device, dtype=dtype)
+
+    def tokenizer(self) -> PromptTokenizer:
+        """Raises ValueError."""
+        if self.tokenizer_path is None:
+            raise ValueError(
+                f"no {TOKENIZER_FILE} found for the text encoder {self.text_encoder_path}; name it with tokenizer="
+            )
+        return PromptTokenizer.from_file(str(self.tokenizer_path))
+
+
+def header_sha256(files: tuple[Path, ...]) -> str:
+    """Tells two checkpoints apart without reading 7 GB: the hash of every file's header."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            size = file.read(8)
+            digest.update(size + file.read(int.from_bytes(size, "little")))
+    return digest.hexdigest()
+
+
+def locate_model(
+    model: PathLike, *, text_encoder: PathLike | None = None, tokenizer: PathLike | None = None
+) -> ModelFiles:
+    """Find the files. Raises FileNotFoundError or CheckpointError naming what is missing."""
+    path = DEMO_FOLDER if str(model) == DEMO else Path(model).expanduser()
+    if not path.exists():
+        hint = ""
+        if len(path.parts) == 2 and not path.suffix:
+            hint = "; if this is a Hugging Face repository, download it first (hf download) and name the file"
+        raise FileNotFoundError(f"{path}: no such model file or folder{hint}")
+    encoder_path = _existing(text_encoder, "text encoder")
+    tokenizer_path = _existing(tokenizer, "tokenizer")
+    folder = model_folder(path)
+    if folder is not None and encoder_path is None and (folder / "text_encoder").is_dir():
+        encoder_path = folder / "text_encoder"
+    return ModelFiles(path, encoder_path, _find_tokenizer(folder, encoder_path, tokenizer_path))
+
+
+def model_folder(path: Path) -> Path | None:
+    """The folder whose other files belong to the model: itself, or that of a file named `model*`.
+
+    The same rule as for `l2p.json`: a folder of many models has no single text encoder.
+    """
+    if path.is_dir():
+        return path
+    return path.parent if path.name.startswith("model") else None
+
+
+def _existing(path: PathLike | None, what: str) -> Path | None:
+    if path is None:
+        return None
+    result = Path(path).expanduser()
+    if not result.exists():
+        raise FileNotFoundError(f"{result}: no such {what} file or folder")
+    return result
+
+
+def _find_tokenizer(model: Path | None, encoder: Path | None, named: Path | None) -> Path | None:
+    """The named tokenizer, else the first of the usual places around model and encoder."""
+    if named is not None:
+        found = named / TOKENIZER_FILE if named.is_dir() else named
+        if not found.is_file():
+            raise CheckpointError(named, f"has no {TOKENIZER_FILE}")
+        return found
+    folders = [model / "tokenizer", model] if model is not None else []
+    if encoder is not None:
+        folder = encoder if encoder.is_dir() else encoder.parent
+        folders += [folder, folder.parent / "tokenizer", folder / "tokenizer"]
+    return next((folder / TOKENIZER_FILE for folder in folders if (folder / TOKENIZER_FILE).is_file()), None)

@@ -1,0 +1,50 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """A file to write to that stands under `path` once the block ends, and nowhere if it raises.
+
+    It is written under a hidden name in the same folder and then moved, so a reader of `path` never
+    sees half of it; an exception, Ctrl-C included, removes it. Without `overwrite`, FileExistsError if
+    the name is taken, also when it was taken meanwhile. OSErrors name `path`.
+    """
+    hidden = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        # Not tempfile: that makes files only their owner can read.
+        with hidden.open("xb") as file:
+            yield file
+        if overwrite:
+            hidden.replace(path)
+        else:
+            _move_to_free_name(hidden, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def _move_to_free_name(source: Path, target: Path) -> None:
+    """Move `source` unless `target` exists; no other process can slip in between."""
+    try:
+        # Fails if the name is taken, where rename would replace. The caller unlinks the old name.
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links here (FAT, some network shares): claim the name with an empty file instead.
+        target.open("xb").close()
+        try:
+            source.replace(target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise

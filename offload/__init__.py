@@ -1,0 +1,56 @@
+"""Weights from safetensors files within a byte budget; knows no model and no image.
+
+A stack of equal layers, streamed from its file within `memory` ("2GiB"). Given are `path`, `layer` (one of
+them, on the meta device), `layers` (how many there are), `hidden` (the input) and `steps` (rounds to make):
+
+    with Checkpoint.open(path) as checkpoint:
+        blocks = [Block.under(checkpoint, f"model.layers.{index}.") for index in range(layers)]
+        probe = probe_io(checkpoint)
+        costs = [BlockCost(block.name, block.nbytes, seconds=0.01) for block in blocks]
+        rates = Rates(disk=probe.rates[probe.io])
+        plan = plan_residency(costs, rates, Budget(device=parse_bytes(memory)))
+        with Reader(checkpoint, io=probe.io) as reader, Ring(blocks, plan, CpuDevice(), reader) as ring:
+            for _ in range(steps):
+                for block in blocks:
+                    with ring.visit(block.name) as weights:
+                        hidden = torch.func.functional_call(layer, dict(weights), (hidden,))
+"""
+
+from offload.blocks import Block, Part, SlotLayout, TensorSource
+from offload.checkpoint import Checkpoint
+from offload.devices import CpuDevice, Device
+from offload.errors import BudgetError, CheckpointError
+from offload.header import TensorInfo
+from offload.identity import FileIdentity
+from offload.reading import IoProbe, Reader, probe_io
+from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
+from offload.ring import Ring
+from offload.sizes import format_bytes, module_bytes, parse_bytes, tensor_bytes
+
+__all__ = [
+    "Block",
+    "BlockCost",
+    "Budget",
+    "BudgetError",
+    "Checkpoint",
+    "CheckpointError",
+    "CpuDevice",
+    "Device",
+    "FileIdentity",
+    "IoProbe",
+    "Part",
+    "Rates",
+    "Reader",
+    "ResidencyPlan",
+    "Ring",
+    "SlotLayout",
+    "TensorInfo",
+    "TensorSource",
+    "Tier",
+    "format_bytes",
+    "module_bytes",
+    "parse_bytes",
+    "plan_residency",
+    "probe_io",
+    "tensor_bytes",
+]

@@ -1,0 +1,209 @@
+"""What the ring needs of a device: streams, events, buffers, and a way to run its courier.
+
+The same executor runs on every implementation. `CpuDevice` computes in host memory, where the order of
+calls is the order of effects; `offload.simulator` checks the order instead of relying on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Slots are aligned for every kernel, staging buffers for direct reads.
+BUFFER_ALIGNMENT = 4096
+
+
+class Cancelled(Exception):
+    """The work was stopped by its owner; never reaches the caller."""
+
+
+class Counter(Protocol):
+    """A number that only grows, by which host threads wait for each other."""
+
+    @property
+    def value(self) -> int: ...
+
+    def advance(self) -> None: ...
+
+    def wait(self, value: int) -> None:
+        """Return once `value` is reached. Raises what `fail` was given, where it is not."""
+
+    def fail(self, error: BaseException) -> None:
+        """Let every present and future wait for a value not reached raise `error`."""
+
+
+# A courier yields what it has to wait for, and whoever runs it does the waiting.
+Wait = tuple[Counter, int]
+Courier = Iterator[Wait]
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def synchronize(self) -> None:
+        """Block the calling host thread until the recorded point is reached."""
+
+
+class Stream(Protocol):
+    """A queue of device work; each call returns once the work is queued."""
+
+    def record(self, event: Event) -> None: ...
+
+    def wait(self, event: Event) -> None:
+        """Order what is queued from now on after the point `event` was last recorded at."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """target[...] = source, cast and repeated as needed."""
+
+    def fill(self, target: Tensor, value: int) -> None: ...
+
+    def synchronize(self) -> None:
+        """Block the calling host thread until all queued work is done."""
+
+
+class Worker(Protocol):
+    """A courier under way."""
+
+    def join(self) -> None:
+        """Return once the courier has ended. It must have been told to, by failing what it waits for."""
+
+
+class Device(Protocol):
+    """`reads_into_device`: device buffers are host memory, so files are read into them without staging."""
+
+    reads_into_device: bool
+
+    def compute_stream(self) -> Stream:
+        """The stream the calling thread computes on."""
+
+    def new_stream(self, name: str) -> Stream: ...
+
+    def new_event(self) -> Event: ...
+
+    def new_counter(self) -> Counter: ...
+
+    def device_buffer(self, nbytes: int) -> Tensor:
+        """uint8, its start aligned to at least 256 bytes."""
+
+    def pinned_buffer(self, nbytes: int) -> Tensor:
+        """uint8 in host memory that the device copies from without the host's help."""
+
+    def start(self, courier: Courier) -> Worker:
+        """Run `courier` beside the caller. Its errors are its own business."""
+
+
+class HostCounter:
+    """A Counter between threads."""
+
+    def __init__(self) -> None:
+        self._value = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def value(self) -> int:
+        return self._value
+
+    def advance(self) -> None:
+        with self._changed:
+            self._value += 1
+            self._changed.notify_all()
+
+    def wait(self, value: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._value >= value or self._error is not None)
+            if self._value < value:
+                assert self._error is not None
+                raise self._error
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+
+class CourierThread:
+    """A Worker on a thread of its own. An error of a wait is thrown into the courier, to clean up."""
+
+    def __init__(self, courier: Courier) -> None:
+        # A daemon: a caller who never closes the ring must still be able to end the program.
+        self._thread = threading.Thread(target=self._run, args=(courier,), name="offload-courier", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _run(courier: Courier) -> None:
+        try:
+            for counter, value in courier:
+                counter.wait(value)
+        except Cancelled:
+            pass
+        finally:
+            courier.close()  # type: ignore[attr-defined]
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+class _CpuEvent:
+    def synchronize(self) -> None:
+        """The work was done when it was queued."""
+
+
+class _CpuStream:
+    """Does the work at once, on the calling thread."""
+
+    def record(self, event: Event) -> None: ...
+
+    def wait(self, event: Event) -> None: ...
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def fill(self, target: Tensor, value: int) -> None:
+        target.fill_(value)
+
+    def synchronize(self) -> None: ...
+
+
+class CpuDevice:
+    """Computes in host memory; the courier reads the next blocks while the caller computes."""
+
+    reads_into_device = True
+
+    def __init__(self) -> None:
+        self._stream = _CpuStream()
+
+    def compute_stream(self) -> Stream:
+        return self._stream
+
+    def new_stream(self, name: str) -> Stream:
+        return self._stream
+
+    def new_event(self) -> Event:
+        return _CpuEvent()
+
+    def new_counter(self) -> Counter:
+        return HostCounter()
+
+    def device_buffer(self, nbytes: int) -> Tensor:
+        return aligned_buffer(nbytes)
+
+    def pinned_buffer(self, nbytes: int) -> Tensor:
+        return aligned_buffer(nbytes)
+
+    def start(self, courier: Courier) -> Worker:
+        return CourierThread(courier)
+
+
+def aligned_buffer(nbytes: int) -> Tensor:
+    """Uninitialised uint8 host memory that begins on a multiple of BUFFER_ALIGNMENT.
+
+    Alignment is more than speed: some CPU kernels round differently on weights that are not aligned.
+    """
+    storage = torch.empty(nbytes + BUFFER_ALIGNMENT, dtype=torch.uint8)
+    skip = -storage.data_ptr() % BUFFER_ALIGNMENT
+    return storage[skip : skip + nbytes]

@@ -1,0 +1,430 @@
+"""Parallel positional reads of file extents into host memory.
+
+Faulting a large file in through a mapping is several times slower than reading it, so weights that are
+streamed are read: in pieces of about 1 MiB, by several threads, straight to where they belong.
+
+    read     positional reads through the page cache
+    direct   positional reads past it (O_DIRECT), through an aligned buffer per thread; Linux only
+    mmap     copies out of a mapping; a file cut short meanwhile ends the process, so never the default
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import statistics
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from types import MappingProxyType
+from typing import BinaryIO, Protocol
+from weakref import WeakSet
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from offload.blocks import Extent
+from offload.checkpoint import Checkpoint
+from offload.errors import CheckpointError
+from offload.identity import FileIdentity
+
+PIECE_BYTES = 1 << 20
+THREADS = 4
+# What devices and file systems want offsets, lengths and addresses of direct reads to be multiples of.
+DIRECT_ALIGNMENT = 4096
+
+_Bytes = npt.NDArray[np.uint8]
+
+
+class OpenFile(Protocol):
+    """A file open for positional reads from several threads."""
+
+    def read_into(self, offset: int, target: _Bytes) -> int:
+        """Fill `target` from `offset` on. Returns the bytes read, fewer only at the end of the file."""
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        """Tell the system that this range need not stay in the page cache."""
+
+    def close(self) -> None: ...
+
+
+class PositionalFile:
+    """One descriptor, read with preadv."""
+
+    def __init__(self, path: Path, flags: int = 0) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+
+    def read_into(self, offset: int, target: _Bytes) -> int:
+        done = 0
+        while done < target.nbytes:
+            count = self.read_some(offset + done, target[done:])
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def read_some(self, offset: int, target: _Bytes) -> int:
+        """One system call, which may read fewer bytes than there are."""
+        return os.preadv(self._descriptor, [target.data], offset)
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class DirectFile:
+    """Reads past the page cache, a window of whole pages at a time, through one aligned buffer per thread."""
+
+    def __init__(self, path: Path, piece_bytes: int = PIECE_BYTES) -> None:
+        if not hasattr(os, "O_DIRECT"):
+            raise OSError(errno.EINVAL, "this system has no direct reads; use read", str(path))
+        self._file = PositionalFile(path, os.O_DIRECT)
+        self._window_bytes = (piece_bytes // DIRECT_ALIGNMENT + 2) * DIRECT_ALIGNMENT
+        self._local = threading.local()
+
+    def read_into(self, offset: int, target: _Bytes) -> int:
+        window = self._window()
+        done = 0
+        while done < target.nbytes:
+            position = offset + done
+            skip = position % DIRECT_ALIGNMENT
+            wanted = min(target.nbytes - done, window.nbytes - skip)
+            pages = -(-(skip + wanted) // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+            # One call: going on after a short one would ask for an offset that is not aligned.
+            got = min(self._file.read_some(position - skip, window[:pages]) - skip, wanted)
+            if got <= 0:
+                break
+            # numpy lets other threads run while it copies; a memoryview would not.
+            np.copyto(target[done : done + got], window[skip : skip + got])
+            done += got
+        return done
+
+    def _window(self) -> _Bytes:
+        if not hasattr(self._local, "window"):
+            # Anonymous mappings begin on a page, which is the alignment that is needed.
+            self._local.window = np.frombuffer(mmap.mmap(-1, self._window_bytes), np.uint8)
+        window: _Bytes = self._local.window
+        return window
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        """Nothing to drop: the page cache was passed by."""
+
+    def close(self) -> None:
+        self._file.close()
+        self._local = threading.local()
+
+
+class SeekingFile:
+    """One handle per thread, for systems without positional reads (Windows)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._local = threading.local()
+        self._handles: list[BinaryIO] = []
+        self._handle()  # a file that cannot be opened is reported now
+
+    def _handle(self) -> BinaryIO:
+        if not hasattr(self._local, "handle"):
+            self._local.handle = self._path.open("rb", buffering=0)
+            self._handles.append(self._local.handle)  # append is atomic
+        handle: BinaryIO = self._local.handle
+        return handle
+
+    def read_into(self, offset: int, target: _Bytes) -> int:
+        handle = self._handle()
+        handle.seek(offset)
+        done = 0
+        while done < target.nbytes:
+            count = handle.readinto(target[done:].data)  # type: ignore[attr-defined]
+            if not count:
+                break
+            done += count
+        return done
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        """Windows has no such advice."""
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.close()
+
+
+class MappedFile:
+    """Copies out of a mapping of the whole file."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._mapped: _Bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+    def read_into(self, offset: int, target: _Bytes) -> int:
+        source = self._mapped[offset : offset + target.nbytes]
+        np.copyto(target[: source.nbytes], source)
+        return source.nbytes
+
+    def drop_cache(self, offset: int, nbytes: int) -> None:
+        """Dropping what is mapped does nothing on Linux."""
+
+    def close(self) -> None:
+        # Dropping the last reference unmaps; mmap.close would raise while the array lives.
+        self._mapped = np.empty(0, np.uint8)
+
+
+def open_file(path: Path, io: str, piece_bytes: int = PIECE_BYTES) -> OpenFile:
+    """Open a file for reading by `io`: "read", "direct" or "mmap". Raises OSError, ValueError."""
+    if io == "read":
+        return PositionalFile(path) if hasattr(os, "preadv") else SeekingFile(path)
+    if io == "direct":
+        return DirectFile(path, piece_bytes)
+    if io == "mmap":
+        return MappedFile(path)
+    raise ValueError(f"io must be read, direct or mmap, got {io!r}")
+
+
+class ReadJob:
+    """Reads of one block under way; they write into the caller's buffer until `wait` or `cancel` returns."""
+
+    def __init__(self, pieces: int) -> None:
+        self._left = pieces
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was cancelled or failed: pieces not begun are left out."""
+        return self._error is not None
+
+    def finish_piece(self, error: BaseException | None = None) -> None:
+        """For the reader: a piece is done, or failed, or was left out."""
+        with self._changed:
+            self._left -= 1
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Return once all bytes are there. Else raise the first error (CancelledError after `cancel`), once no
+        thread touches the buffer any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left == 0)
+            if self._error is not None:
+                raise self._error
+
+    def cancel(self) -> None:
+        """Give up; returns once no thread touches the buffer any more."""
+        with self._changed:
+            if self._left:
+                self._error = self._error or CancelledError("the reads were cancelled")
+            self._changed.wait_for(lambda: self._left == 0)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one thread reads at a time."""
+
+    job: ReadJob
+    label: str
+    path: Path
+    offset: int
+    target: _Bytes
+    drop_cache: bool
+
+
+class Reader:
+    """Reads extents of a checkpoint's files with `threads` threads. A context manager.
+
+    Owns one descriptor per file (on Windows one per file and thread) and the threads, until `close`.
+    Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        io: str = "read",
+        threads: int = THREADS,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        """Opens the files. Raises CheckpointError when one is no longer what `checkpoint` opened, OSError."""
+        self.io = io
+        self.read_bytes = 0
+        self._piece_bytes = piece_bytes
+        self._identities: Mapping[Path, FileIdentity] = checkpoint.identities
+        self._files: dict[Path, OpenFile] = {}
+        self._pieces: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._jobs: WeakSet[ReadJob] = WeakSet()
+        self._threads = [threading.Thread(target=self._work, name="offload-read", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+        try:
+            for path in self._identities:
+                self._files[path] = open_file(path, io, piece_bytes)
+            self.verify()
+        except BaseException:
+            self.close()
+            raise
+
+    def verify(self) -> None:
+        """Raise CheckpointError unless every file is still the one opened, its header included."""
+        for path, identity in self._identities.items():
+            try:
+                identity.check_header(path)
+            except FileNotFoundError as error:
+                raise CheckpointError(path, "was removed since it was opened") from error
+
+    def submit(self, label: str, extents: Sequence[Extent], buffer: Tensor, *, drop_cache: bool = False) -> ReadJob:
+        """Start reading `extents` to their targets in `buffer`, a contiguous uint8 CPU tensor.
+
+        label: the block, for messages. drop_cache: the bytes will not be read again soon, and what holds
+        them in the page cache is better used otherwise.
+        Raises CheckpointError when a file changed; errors of the reads come from the job.
+        """
+        for path in sorted({extent.path for extent in extents}):
+            self._check(label, path)
+        target: _Bytes = buffer.numpy()
+        spans = [
+            (extent, start) for extent in extents for start in range(0, extent.nbytes, self._piece_bytes)
+        ]  # one per piece
+        job = ReadJob(len(spans))
+        self._jobs.add(job)
+        for extent, start in spans:
+            nbytes = min(self._piece_bytes, extent.nbytes - start)
+            begin = extent.target + start
+            view = target[begin : begin + nbytes]
+            self._pieces.put(_Piece(job, label, extent.path, extent.offset + start, view, drop_cache))
+        self.read_bytes += sum(extent.nbytes for extent in extents)
+        return job
+
+    def _check(self, label: str, path: Path) -> None:
+        try:
+            self._identities[path].check(path, path.stat())
+        except FileNotFoundError as error:
+            raise CheckpointError(path, f"was removed before block {label} was read") from error
+        except CheckpointError as error:
+            raise CheckpointError(path, f"{error.reason} (before reading block {label})") from None
+
+    def _work(self) -> None:
+        """What each thread does until it meets a None."""
+        while (piece := self._pieces.get()) is not None:
+            self._finish(piece)
+            del piece  # it would keep the caller's buffer until the next one comes
+
+    def _finish(self, piece: _Piece) -> None:
+        try:
+            if not piece.job.stopped:
+                self._read(piece)
+        except BaseException as error:  # goes to whoever waits for the job
+            piece.job.finish_piece(error)
+        else:
+            piece.job.finish_piece()
+
+    def _read(self, piece: _Piece) -> None:
+        file = self._files[piece.path]
+        what = f"block {piece.label}: {piece.target.nbytes} bytes at byte {piece.offset}"
+        try:
+            got = file.read_into(piece.offset, piece.target)
+            if piece.drop_cache:
+                file.drop_cache(piece.offset, got)
+        except OSError as error:
+            raise OSError(error.errno, f"{what} cannot be read: {error.strerror or error}", str(piece.path)) from error
+        if got < piece.target.nbytes:
+            reason = f"{what} cannot be read: the file ends at byte {piece.offset + got}; it was cut short"
+            raise CheckpointError(piece.path, reason)
+
+    def close(self) -> None:
+        """Cancel what is under way, end the threads, close the files. May be called twice."""
+        for job in list(self._jobs):
+            job.cancel()
+        for _ in self._threads:
+            self._pieces.put(None)
+        while self._threads:
+            self._threads.pop().join()
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class IoProbe:
+    """Which way of reading a file is fastest here, its bytes per second beside the others', and why."""
+
+    io: str
+    rates: Mapping[str, float]
+    reason: str
+
+
+# On a tie the plainest way wins; a mapping comes last, because a file cut short then ends the process.
+_PREFERENCE = ("read", "direct", "mmap")
+_TIE = 0.95
+
+
+def probe_io(
+    checkpoint: Checkpoint,
+    *,
+    rounds: int = 5,
+    round_bytes: int = 16 << 20,
+    threads: int = THREADS,
+) -> IoProbe:
+    """Time each way of reading on ranges of the largest file that it alone touches, in turns.
+
+    Reads at most 3 * rounds * round_bytes, spread over the file. What is in the page cache stays there
+    and counts: a file that is cached is read fastest through the cache.
+    """
+    path = max(checkpoint.files, key=lambda file: checkpoint.identities[file].size)
+    rates: dict[str, list[float]] = {}
+    refused: dict[str, str] = {}
+    readers: dict[str, Reader] = {}
+    try:
+        for io in _PREFERENCE:
+            try:
+                readers[io] = Reader(checkpoint, io=io, threads=threads)
+            except OSError as error:
+                refused[io] = error.strerror or str(error)
+        places = _places(checkpoint.identities[path].size, rounds * len(readers), round_bytes)
+        buffer = np.empty(round_bytes, np.uint8)
+        for turn, (offset, nbytes) in enumerate(places):
+            io = list(readers)[turn % len(readers)]
+            try:
+                rate = _timed_read(readers[io], Extent(path, offset, nbytes, 0), buffer)
+                rates.setdefault(io, []).append(rate)
+            except OSError as error:  # some file systems refuse direct reads only now
+                refused[io] = error.strerror or str(error)
+    finally:
+        for reader in readers.values():
+            reader.close()
+    return _judge({io: statistics.median(found) for io, found in rates.items() if io not in refused}, refused)
+
+
+def _places(size: int, count: int, nbytes: int) -> list[tuple[int, int]]:
+    """`count` ranges (offset, length) of at most `nbytes` spread over `size` bytes; disjoint where they fit."""
+    nbytes = max(1, min(nbytes, size // count))
+    return [(index * (size - nbytes) // max(count - 1, 1), nbytes) for index in range(count)]
+
+
+def _timed_read(reader: Reader, extent: Extent, buffer: _Bytes) -> float:
+    """Bytes per second."""
+    started = time.perf_counter()
+    reader.submit("probe", [extent], torch.from_numpy(buffer)).wait()
+    return extent.nbytes / max(time.perf_counter() - started, 1e-9)
+
+
+def _judge(rates: Mapping[str, float], refused: Mapping[str, str]) -> IoProbe:
+    best = max(rates.values())
+    io = next(io for io in _PREFERENCE if rates.get(io, 0.0) >= _TIE * best)
+    measured = ", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items())
+    tied = "" if rates[io] == best else f" (within {1 - _TIE:.0%} of the fastest)"
+    unavailable = "".join(f"; {name} not available: {why}" for name, why in refused.items())
+    return IoProbe(io, MappingProxyType(dict(rates)), f"{io}{tied}: {measured}{unavailable}")

@@ -1,0 +1,908 @@
+"""The command line around a pipeline that only draws noise: what is refused, printed, written, returned."""
+
+import argparse
+import inspect
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from l2p_lowvram import __version__, cli, images, order, user_input
+from l2p_lowvram.cli import main
+from l2p_lowvram.config import DecoderConfig, DecoderLevel, ModelConfig, SamplingDefaults
+from l2p_lowvram.errors import NonFiniteError, is_out_of_memory
+from offload import BudgetError, CheckpointError
+
+BLOCKS = 4
+CONFIG = ModelConfig(
+    patch_size=16,
+    dim=32,
+    n_heads=1,
+    n_layers=1,
+    n_noise_refiner=1,
+    n_context_refiner=1,
+    ffn_dim=32,
+    caption_dim=8,
+    timestep_hidden=8,
+    rope_axes=(8, 12, 12),
+    decoder=DecoderConfig((DecoderLevel("1", 4, 4, 4),), 4),
+    defaults=SamplingDefaults(width=48, height=32, steps=3, cfg_scale=2.0, shift=3.0),
+)
+
+
+class FakePipeline:
+    """Stands in for L2PPipeline: remembers how it was called and draws noise from the seed."""
+
+    last: "FakePipeline"
+    load_error: BaseException | None = None
+    encode_error: BaseException | None = None
+    draw_error: BaseException | None = None
+    has_text_encoder = True
+    loads = 0
+
+    def __init__(self, model: str, options: dict[str, Any]) -> None:
+        self.model, self.options = model, options
+        self.config, self.device = CONFIG, torch.device("cpu")
+        self.dtype = options["dtype"] or torch.float32
+        self.identity = {"file": "fake.safetensors", "bytes": 1, "header_sha256": "ab" * 32, "family": "1K"}
+        self.warnings: tuple[str, ...] = ()
+        self.on_progress: Any = None
+        self.text_encoder = types.SimpleNamespace(shared=nullcontext) if self.has_text_encoder else None
+        self.encoded: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+
+    @classmethod
+    def from_pretrained(cls, model: str, **options: Any) -> "FakePipeline":
+        cls.loads += 1
+        if cls.load_error is not None:
+            raise cls.load_error
+        cls.last = cls(model, options)
+        return cls.last
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        if self.encode_error is not None:
+            raise self.encode_error
+        self.encoded.append(prompt)
+        for layer in range(2):
+            self.on_progress("text encoder", layer + 1, 2)
+        return torch.ones(3, 8)
+
+    def __call__(self, **options: Any) -> types.SimpleNamespace:
+        self.calls.append(options)
+        if self.draw_error is not None:
+            raise self.draw_error
+        generator = torch.Generator().manual_seed(options["seed"])
+        pixels = torch.rand(1, 3, options["height"], options["width"], generator=generator) * 2 - 1
+        steps = options["num_inference_steps"] or len(options["sigmas"])
+        for step in range(steps):
+            for block in range(BLOCKS):
+                self.on_progress("denoise", block + 1, BLOCKS)
+            tensors = {"latents": pixels, "denoised": pixels}
+            options["callback_on_step_end"](self, step, 0.5, tensors)
+        return types.SimpleNamespace(
+            images=images.to_pil(pixels), seeds=[options["seed"]], seconds={"denoise": 0.5}, interrupted=False
+        )
+
+
+@pytest.fixture(autouse=True)
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
+    """The command line with a pipeline of its own, in an empty folder, without the user's environment."""
+    fresh = type("FreshPipeline", (FakePipeline,), {})
+    module = types.ModuleType("l2p_lowvram.pipeline")
+    module.L2PPipeline = fresh  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "l2p_lowvram.pipeline", module)
+    monkeypatch.delenv("L2P_MODEL", raising=False)
+    monkeypatch.delenv("L2P_CACHE_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return fresh
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """`generate` with a model and a prompt: exit code, stdout, stderr."""
+    code = main(["generate", "-m", "model.safetensors", "-p", "a fox", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a call that must exit with 2, in one line, before anything is written."""
+    before = sorted(Path().iterdir())
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert sorted(Path().iterdir()) == before
+    lines = err.splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines[-1].removeprefix("error: ")
+
+
+def text_of(path: str) -> dict[str, str]:
+    with Image.open(path) as image:
+        return dict(image.text)  # type: ignore[attr-defined]
+
+
+def generate_options() -> list[argparse.Action]:
+    (commands,) = [a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return list(commands.choices["generate"]._actions)
+
+
+# what comes out
+
+
+def test_one_picture_its_path_on_stdout_and_a_summary_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--seed", "7")
+
+    assert (code, out) == (0, "l2p_7.png\n")
+    assert images.read_image(Path("l2p_7.png")).size == (48, 32)
+    summary = err.splitlines()[-1]
+    assert summary.startswith("1 picture in ")
+    assert "0.167 s/step, peak memory " in summary
+    assert [path.name for path in Path().iterdir()] == ["l2p_7.png"]
+
+
+def test_the_pipeline_gets_features_and_settings_once(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    code, _, _ = run(
+        capsys,
+        *("-n", "blurry", "-W", "64", "-H", "16", "--steps", "2", "--cfg-scale", "1.5", "--shift", "2"),
+        *("--seed", "1", "2", "--dtype", "fp32", "--device", "cpu", "--bf16-timestep"),
+    )
+
+    pipe = pipeline.last
+    assert code == 0
+    assert pipeline.loads == 1
+    assert pipe.model == "model.safetensors"
+    assert pipe.options == {
+        "text_encoder": None,
+        "tokenizer": None,
+        "device": "cpu",
+        "dtype": "fp32",
+        "prompt_cache": True,
+        "bf16_timestep": True,
+    }
+    assert pipe.encoded == ["a fox", "blurry"]
+    assert [call["seed"] for call in pipe.calls] == [1, 2]
+    call = pipe.calls[0]
+    assert (call["width"], call["height"], call["num_inference_steps"]) == (64, 16, 2)
+    assert (call["cfg_scale"], call["shift"], call["sigmas"]) == (1.5, 2.0, None)
+    assert (call["noise_device"], call["image"]) == ("cpu", None)
+    assert call["prompt_embeds"].shape == call["negative_prompt_embeds"].shape == (3, 8)
+    assert pipe.on_progress is None
+
+
+def test_the_models_defaults_fill_in_what_is_not_said(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    run(capsys)
+
+    call = pipeline.last.calls[0]
+    assert (call["width"], call["height"], call["num_inference_steps"]) == (48, 32, 3)
+    assert (call["cfg_scale"], call["shift"]) == (2.0, 3.0)
+
+
+def test_without_guidance_no_negative_prompt_is_encoded_and_that_is_said(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    code, _, err = run(capsys, "--cfg-scale", "1", "-n", "blurry")
+
+    assert code == 0
+    assert pipeline.last.encoded == ["a fox"]
+    assert pipeline.last.calls[0]["negative_prompt_embeds"] is None
+    assert "warning: the negative prompt has no effect at --cfg-scale 1" in err
+
+
+def test_own_sigmas_are_the_whole_schedule(capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]) -> None:
+    code, _, _ = run(capsys, "--sigmas", "1", "0.5", "--seed", "1")
+
+    call = pipeline.last.calls[0]
+    assert code == 0
+    assert (call["num_inference_steps"], call["shift"], call["sigmas"]) == (None, None, (1.0, 0.5))
+    record = json.loads(text_of("l2p_1.png")["L2P"])
+    assert (record["steps"], record["sigmas"], record["shift"]) == (2, [1.0, 0.5], None)
+
+
+def test_several_seeds_make_a_picture_each_and_each_path_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "--seed", "5", "3", "9", "-o", "p_{index}_{seed}.png")
+
+    assert (code, out.splitlines()) == (0, ["p_0_5.png", "p_1_3.png", "p_2_9.png"])
+    assert "seed 5 3 9" in err
+    assert "3 pictures in " in err
+
+
+def test_count_goes_up_from_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--seed", "41", "--count", "2")
+
+    assert out.splitlines() == ["l2p_41.png", "l2p_42.png"]
+
+
+@pytest.mark.parametrize("seed", [[], ["--seed", "-1"]])
+def test_random_seeds_are_printed_and_count_up_too(capsys: pytest.CaptureFixture[str], seed: list[str]) -> None:
+    _, out, err = run(capsys, "--count", "2", "-o", "{seed}.png", *seed)
+
+    first, second = (int(Path(line).stem) for line in out.splitlines())
+    assert second == first + 1
+    assert f"seed {first} {second}" in err
+
+
+def test_each_picture_tells_its_own_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "--seed", "1", "2")
+
+    for seed in (1, 2):
+        text = text_of(f"l2p_{seed}.png")
+        assert text["parameters"].startswith(
+            f"a fox\nSteps: 3, Sampler: Euler, CFG scale: 2, Seed: {seed}, Size: 48x32"
+        )
+        assert json.loads(text["L2P"])["seed"] == seed
+
+
+def test_no_metadata_embeds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "--no-metadata", "--seed", "1")
+
+    assert text_of("l2p_1.png") == {}
+
+
+def test_quality_reaches_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for quality in ("10", "100"):
+        assert run(capsys, "-o", f"{quality}.jpg", "--quality", quality, "--seed", "1")[0] == 0
+
+    assert Path("10.jpg").stat().st_size < Path("100.jpg").stat().st_size
+
+
+def test_braces_in_a_name_are_only_braces(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--seed", "1", "-o", "{seed.__class__}_{0}_{seed}.png")
+
+    assert out == "{seed.__class__}_{0}_1.png\n"
+
+
+def test_json_is_one_object_instead_of_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--json", "--seed", "4", "5", "-n", "blurry")
+
+    result = json.loads(out)
+    assert code == 0
+    assert result["images"] == [
+        {"path": f"l2p_{seed}.png", "seed": seed, "index": index, "width": 48, "height": 32}
+        for index, seed in enumerate((4, 5))
+    ]
+    assert (result["prompt"], result["negative_prompt"]) == ("a fox", "blurry")
+    assert result["settings"]["steps"] == 3
+    assert "seed" not in result["settings"]
+    assert result["model"]["file"] == "fake.safetensors"
+    assert set(result["seconds"]) == {"load", "text encoder", "denoise", "save", "total"}
+    assert result["seconds"]["denoise"] == 1.0
+    assert result["peak_rss_bytes"] > 10_000_000
+    assert result["peak_device_bytes"] is None
+    assert result["warnings"] == []
+
+
+def test_the_demo_model_is_announced_in_one_line_with_the_way_out(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    assert main(["generate", "-p", "a fox", "--json", "--quiet"]) == 0
+
+    out, err = capsys.readouterr()
+    assert pipeline.last.model == "demo"
+    assert len(err.splitlines()) == 1
+    for part in ("demo model", "--model", "L2P_MODEL"):
+        assert part in err
+    assert json.loads(out)["warnings"] == [err.strip()]
+
+
+def test_asking_for_the_demo_model_is_not_announced(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    assert main(["generate", "-m", "demo", "-p", "a fox", "-q"]) == 0
+
+    assert capsys.readouterr().err == ""
+    assert pipeline.last.model == "demo"
+
+
+def test_the_environment_names_model_and_cache(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("L2P_MODEL", "mine.safetensors")
+    monkeypatch.setenv("L2P_CACHE_DIR", "cache")
+
+    assert main(["generate", "-p", "a fox"]) == 0
+
+    assert "demo" not in capsys.readouterr().err
+    assert pipeline.last.model == "mine.safetensors"
+    assert pipeline.last.options["prompt_cache"] == Path("cache/prompts")
+
+
+def test_the_option_wins_over_the_environment(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("L2P_MODEL", "mine.safetensors")
+    monkeypatch.setenv("L2P_CACHE_DIR", "cache")
+
+    run(capsys, "--no-prompt-cache")
+
+    assert pipeline.last.model == "model.safetensors"
+    assert pipeline.last.options["prompt_cache"] is None
+
+
+def test_quiet_leaves_only_the_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "-q", "--seed", "1") == (0, "l2p_1.png\n", "")
+
+
+def test_the_bar_shows_seconds_per_step_and_the_block(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("l2p_lowvram.progress._LOG_SECONDS", 0.0)
+
+    _, _, err = run(capsys, "--seed", "1", "2")
+
+    assert "text encoder" in err
+    assert "picture 1/2: " in err
+    assert "picture 2/2: 100%" in err
+    assert "s/step, block 4/4]" in err
+    assert "3/3 [" in err
+
+
+def test_the_models_warnings_reach_stderr_and_json(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = pipeline.from_pretrained
+
+    def load_with_warning(model: str, **options: Any) -> FakePipeline:
+        pipe = load(model, **options)
+        pipe.warnings = ("shift is a guess",)
+        return pipe
+
+    monkeypatch.setattr(pipeline, "from_pretrained", load_with_warning)
+    _, out, err = run(capsys, "--json", "-q")
+
+    assert err == "warning: shift is a guess\n"
+    assert json.loads(out)["warnings"] == ["shift is a guess"]
+
+
+def test_the_real_pipeline_takes_what_the_command_gives(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(capsys, "--seed", "1")
+    monkeypatch.delitem(sys.modules, "l2p_lowvram.pipeline")
+    from l2p_lowvram.pipeline import L2PPipeline
+
+    # bind raises TypeError for a name that is not there.
+    inspect.signature(L2PPipeline.from_pretrained).bind("model", **pipeline.last.options)
+    inspect.signature(L2PPipeline.__call__).bind(None, **pipeline.last.calls[0])
+    assert {"on_progress", "text_encoder", "identity", "warnings"} <= set(dir(L2PPipeline(torch.nn.Identity())))  # type: ignore[arg-type]
+
+
+# prompts
+
+
+def set_stdin(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+
+
+def test_the_prompt_comes_from_a_file_or_standard_input(
+    pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = "\ufeffein Füchslein\nim Schnee \r\n".encode()
+    Path("prompt.txt").write_bytes(raw)
+
+    for arguments in (["-p", "-"], ["--prompt-file", "prompt.txt"], ["--prompt-file", "-"]):
+        set_stdin(monkeypatch, raw)
+        assert main(["generate", "-q", *arguments]) == 0
+
+        assert pipeline.last.encoded[0] == "ein Füchslein\nim Schnee "
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b" \n", "error: {place}: the prompt is empty"),
+        (b"caf\xe9 au lait", "error: {place}: the prompt is not UTF-8 text (invalid continuation byte)"),
+        ("ü".encode() * 40_000, "error: {place}: the prompt is longer than 65536 bytes; the encoder reads 512 tokens"),
+    ],
+)
+def test_a_text_that_is_no_prompt_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raw: bytes, message: str
+) -> None:
+    Path("prompt.txt").write_bytes(raw)
+    set_stdin(monkeypatch, raw)
+
+    for argument, place in (("-", "standard input"), ("prompt.txt", "prompt.txt")):
+        assert main(["generate", "-m", "m", "--prompt-file", argument]) == 2
+        assert capsys.readouterr().err.startswith(message.format(place=place))
+
+
+def test_a_missing_prompt_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt-file", "none.txt"]) == 2
+    assert capsys.readouterr().err == "error: none.txt: no such file or directory\n"
+
+
+def test_an_argument_that_is_no_text_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "-p", "caf\udce9"]) == 2
+    assert capsys.readouterr().err.startswith("error: prompt is not valid text in this locale")
+
+
+# bad options: all before the model is opened
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "x"], "argument --steps: invalid whole number value: 'x'; see l2p-lowvram generate --help"),
+        (["--steps", "0"], "argument --steps: must be a whole number from 1 to 65536, got 0; see"),
+        (["--cfg-scale", "nan"], "argument --cfg-scale: must be a finite number, got nan; see"),
+        (["--quality", "101"], "argument --quality: must be a whole number from 1 to 100, got 101; see"),
+        (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
+        (["--step", "3"], "unrecognized arguments: --step 3; see l2p-lowvram --help"),
+        (["--prompt-file", "x"], "argument --prompt-file: not allowed with argument -p/--prompt; see"),
+        (["--seed", "1", "2", "--count", "2"], "--count 2 counts up from a single seed, got 2 seeds"),
+        (["--seed", "-2"], "seed must lie in 0 to 9223372036854775807 (or be -1 for a random one), got -2"),
+        (["--seed", str(2**63 - 1), "--count", "2"], "seed must lie in 0 to 9223372036854775807"),
+        (["--count", "2", "-o", "a.png"], "--output a.png is one name for 2 pictures; put {seed} or {index} into it"),
+        (["--seed", "1", "1"], "two pictures would be written to l2p_1.png; put {index} into the name"),
+        (["--sigmas", "1", "--steps", "3"], "--sigmas says everything about the schedule; leave out --steps"),
+        (["--sigmas", "1", "--shift", "3"], "--sigmas says everything about the schedule; leave out --shift"),
+        (["--strength", "0.5"], "--strength says how far to depart from --image; there is no --image"),
+        (["--quality", "90"], "--quality is for JPEG and WebP, l2p_{seed}.png is lossless"),
+        (["-o", "a.gif"], "a.gif: the file name must end in .png, .jpg, .jpeg, .webp, got '.gif'"),
+        (["-o", "a"], "a: the file name must end in .png, .jpg, .jpeg, .webp, got none"),
+        (["-o", "none/a.png"], "none/a.png: there is no folder none; make it first"),
+        (["-o", "taken.png"], "taken.png: exists already; give --overwrite or another --output"),
+        (["-o", "folder.png"], "folder.png: is a folder; name a file in it"),
+        (["-o", "folder.png", "--overwrite"], "folder.png: is a folder; name a file in it"),
+        (["--seed", "7", "3", "-o", "old_{seed}.png"], "old_3.png: exists already"),
+        (["-i", "none.png"], "none.png: no such file or directory"),
+        (["-i", "folder.png"], "folder.png: is a directory"),
+        (["-i", "taken.png"], "taken.png: not a picture in PNG, JPEG, WEBP, BMP, GIF, TIFF format"),
+        (["--text-encoder", "none"], "--text-encoder none: no such file or folder"),
+        (["--tokenizer", "none"], "--tokenizer none: no such file or folder"),
+        (["--preview", "none/a.png"], "none/a.png: there is no folder none; make it first"),
+        (["--preview", "none/steps"], "none/steps: no such file or directory"),
+        (["--preview", "l2p_1.png", "--seed", "1"], "l2p_1.png: is named by both --preview and --output"),
+        (["--preview", "taken"], "taken: file exists"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], arguments: list[str], message: str
+) -> None:
+    for name in ("taken.png", "old_3.png", "taken"):
+        Path(name).write_text("precious")
+    Path("folder.png").mkdir()
+
+    assert refused(capsys, *arguments).startswith(message)
+    assert pipeline.loads == 0
+    assert Path("taken.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize("arguments", [["generate"], []])
+def test_a_missing_argument_is_one_line_too(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith("error: ")
+    assert "--help" in err
+
+
+def test_a_dangling_link_counts_as_an_existing_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("link.png").symlink_to("nowhere.png")
+
+    assert "exists already" in refused(capsys, "-o", "link.png")
+
+
+@pytest.mark.parametrize("option", ["--output", "--preview"])
+def test_a_folder_that_cannot_be_written_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    Path("locked").mkdir()
+    allowed = os.access
+    # Not chmod: the superuser may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and allowed(path, mode))
+
+    assert "not writable" in refused(capsys, option, "locked" if option == "--preview" else "locked/a.png")
+
+
+def test_overwrite_replaces(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.png").write_text("old")
+
+    assert run(capsys, "-o", "a.png", "--overwrite")[0] == 0
+    assert images.read_image(Path("a.png")).size == (48, 32)
+
+
+# refused once the model is known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-W", "50"], "width must be a multiple of 16 pixels for this model, got 50; nearest are 48 and 64"),
+        (["-W", "64", "-H", "8"], "height must be a multiple of 16 pixels for this model, got 8; the smallest is 16"),
+        (["-W", "32768", "-o", "a.webp"], "a.webp: WEBP holds at most 16383 pixels a side, the picture has 32768x32"),
+        (["--shift", "-1"], "shift must be positive, got -1.0"),
+        (["--sigmas", "0.5", "1"], "sigmas must descend, got [0.5, 1.0]"),
+        (["--sigmas", "2"], "sigmas must lie in (0, 1]"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_the_prompt_is_encoded(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], arguments: list[str], message: str
+) -> None:
+    assert refused(capsys, *arguments).startswith(message)
+    assert pipeline.last.encoded == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (CheckpointError("m.safetensors", "the header\nlies"), "m.safetensors: the header lies"),
+        (BudgetError("budget 1 GiB is too small"), "budget 1 GiB is too small"),
+        (
+            FileNotFoundError(2, "No such file or directory", "M.safetensors"),
+            "M.safetensors: no such file or directory",
+        ),
+        (FileNotFoundError("M: no such model"), "M: no such model"),
+        (PermissionError(13, "Permission denied", "m"), "m: permission denied"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["load_error", "encode_error"])
+def test_files_that_cannot_be_used_are_one_line(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], stage: str, error: Exception, message: str
+) -> None:
+    setattr(pipeline, stage, error)
+
+    assert refused(capsys) == message
+
+
+def test_a_model_without_a_text_encoder_names_the_options(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    pipeline.has_text_encoder = False
+
+    assert refused(capsys) == ("model.safetensors: has no text encoder; name one with --text-encoder and --tokenizer")
+
+
+def test_a_checkpoint_found_out_while_denoising_is_still_input(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    pipeline.draw_error = CheckpointError("m", "was cut short meanwhile")
+
+    assert refused(capsys) == "m: was cut short meanwhile"
+
+
+def raise_from(module: str) -> None:
+    """A plain ValueError whose innermost frame belongs to `module`."""
+    exec("raise ValueError('from in there')", {"__name__": module})
+
+
+@pytest.mark.parametrize("module", ["l2p_lowvram.text", "offload.header", "tiling.spans"])
+def test_our_own_value_errors_about_input_are_input(module: str) -> None:
+    with pytest.raises(user_input.InputError, match="from in there"), user_input.user_input():
+        raise_from(module)
+
+
+@pytest.mark.parametrize("module", ["torch.nn.functional", "PIL.Image", "l2p_lowvram_fork"])
+def test_value_errors_of_libraries_stay_what_they_are(module: str) -> None:
+    with pytest.raises(ValueError, match="from in there") as caught, user_input.user_input():
+        raise_from(module)
+
+    assert type(caught.value) is ValueError
+
+
+def test_while_computing_a_plain_value_error_is_a_bug() -> None:
+    with pytest.raises(ValueError, match="from in there") as caught, user_input.refusals():
+        raise_from("l2p_lowvram.model")
+
+    assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes differ"), RuntimeError("kernel failed"), KeyError("x")])
+@pytest.mark.parametrize("stage", ["load_error", "encode_error", "draw_error"])
+def test_bugs_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], stage: str, error: Exception
+) -> None:
+    setattr(pipeline, stage, error)
+
+    with pytest.raises(type(error)) as caught:
+        run(capsys)
+
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("stage", ["encode_error", "draw_error"])
+def test_nan_in_the_sample_exits_with_3(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], stage: str
+) -> None:
+    setattr(pipeline, stage, NonFiniteError("local decoder", 2, 30, hint="try dtype fp32"))
+
+    code, out, err = run(capsys)
+
+    assert (code, out) == (3, "")
+    assert err.splitlines()[-1] == ("error: non-finite value in step 3 of 30, in the local decoder; try dtype fp32")
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["python", "device", "RAM"],
+)
+def test_running_out_of_memory_exits_with_4_in_one_line(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], error: Exception
+) -> None:
+    pipeline.draw_error = error
+
+    code, out, err = run(capsys)
+
+    assert (code, out) == (4, "")
+    assert err.splitlines()[-1].startswith("error: out of memory; try a smaller --width")
+
+
+def test_a_real_allocation_that_fails_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+# Ctrl-C and full disks
+
+
+@pytest.mark.parametrize("stage", ["load_error", "encode_error", "draw_error"])
+def test_ctrl_c_exits_with_130_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], stage: str
+) -> None:
+    setattr(pipeline, stage, KeyboardInterrupt())
+
+    code, out, err = run(capsys)
+
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+    assert list(Path().iterdir()) == []
+
+
+def fail_second_save(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    save, saves = Image.Image.save, iter(range(9))
+
+    def save_or_fail(image: Image.Image, file: Any, *args: Any, **options: Any) -> None:
+        if next(saves) == 0:
+            return save(image, file, *args, **options)
+        file.write(b"\x89PNG half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", save_or_fail)
+
+
+def test_ctrl_c_while_saving_keeps_whole_pictures_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_second_save(monkeypatch, KeyboardInterrupt())
+
+    code, out, err = run(capsys, "--seed", "1", "2", "3")
+
+    assert (code, out) == (130, "l2p_1.png\n")
+    assert err.splitlines()[-2:] == ["1 of 3 pictures written", "interrupted"]
+    assert [path.name for path in Path().iterdir()] == ["l2p_1.png"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_pictures_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_second_save(monkeypatch, OSError(28, "No space left on device"))
+
+    code, out, err = run(capsys, "--seed", "1", "2")
+
+    assert (code, out) == (2, "l2p_1.png\n")
+    assert err.splitlines()[-1] == "error: l2p_2.png: no space left on device"
+    assert [path.name for path in Path().iterdir()] == ["l2p_1.png"]
+
+
+# img2img and previews
+
+
+def test_an_init_image_sets_the_size_and_is_recorded(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    Image.new("RGB", (64, 80), "red").save("photo.png")
+
+    code, _, err = run(capsys, "-i", "photo.png", "--strength", "0.25", "--seed", "1")
+
+    call = pipeline.last.calls[0]
+    assert code == 0
+    assert (call["width"], call["height"], call["strength"]) == (64, 80, 0.25)
+    assert call["image"].size == (64, 80)
+    assert "stretched" not in err
+    record = json.loads(text_of("l2p_1.png")["L2P"])
+    assert record["strength"] == 0.25
+    assert record["image"]["name"] == "photo.png"
+    assert len(record["image"]["sha256"]) == 64
+    assert "Denoising strength: 0.25" in text_of("l2p_1.png")["parameters"]
+
+
+def test_stretching_an_init_image_is_said(capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]) -> None:
+    Image.new("RGB", (64, 80)).save("photo.png")
+
+    _, _, err = run(capsys, "-i", "photo.png", "-W", "32", "-H", "48")
+
+    assert "warning: the init image is 64x80, stretched to 32x48" in err
+    assert pipeline.last.calls[0]["strength"] == order.DEFAULT_STRENGTH
+
+
+@pytest.mark.parametrize("strength", ["0", "1.5"])
+def test_a_strength_outside_its_range_is_refused(capsys: pytest.CaptureFixture[str], strength: str) -> None:
+    Image.new("RGB", (64, 80)).save("photo.png")
+
+    message = refused(capsys, "-i", "photo.png", "--strength", strength)
+
+    assert message == f"strength must lie in (0, 1], got {float(strength)}"
+
+
+def test_previews_in_a_folder_are_one_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--seed", "1", "2", "--steps", "2", "--preview", "steps")
+
+    names = sorted(path.name for path in Path("steps").iterdir())
+    assert names == ["1_step_001.png", "1_step_002.png", "2_step_001.png", "2_step_002.png"]
+    assert out.splitlines() == ["l2p_1.png", "l2p_2.png"]
+    preview, final = (np.asarray(images.read_image(Path(p))) for p in ("steps/1_step_002.png", "l2p_1.png"))
+    assert np.array_equal(preview, final)
+
+
+def test_a_preview_file_is_replaced_each_step(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("now.jpg").write_text("old")
+
+    assert run(capsys, "--preview", "now.jpg", "--seed", "1")[0] == 0
+
+    assert sorted(path.name for path in Path().iterdir()) == ["l2p_1.png", "now.jpg"]
+    assert images.read_image(Path("now.jpg")).size == (48, 32)
+
+
+def test_a_preview_that_cannot_be_saved_costs_a_warning_not_the_picture(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = images.save_image
+
+    def save_no_preview(image: Image.Image, path: Path, **options: Any) -> None:
+        if path.parent.name == "steps":
+            raise OSError(28, "No space left on device", str(path))
+        save(image, path, **options)
+
+    monkeypatch.setattr(images, "save_image", save_no_preview)
+    code, out, err = run(capsys, "--preview", "steps", "--seed", "1")
+
+    assert (code, out) == (0, "l2p_1.png\n")
+    assert err.count("warning: preview stopped, steps/1_step_001.png: no space left on device") == 1
+
+
+@pytest.mark.parametrize("name", ["steps.bmp", "steps.gif"])
+def test_a_preview_in_a_format_that_is_not_written_is_refused(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, out, err = run(capsys, "--preview", name)
+
+    assert (code, out) == (2, "")
+    assert name in err.splitlines()[-1]
+    assert not Path(name).exists()
+
+
+# inspect
+
+
+def test_inspect_exits_with_2_for_a_refused_file_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model.ckpt").write_bytes(b"\x80\x04pickle")
+
+    assert main(["inspect", "model.ckpt"]) == 2
+    text, err = capsys.readouterr()
+    assert main(["inspect", "model.ckpt", "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+
+    assert text.startswith("model.ckpt: refused\n")
+    assert err == ""
+    assert not report["accepted"]
+    assert "pickle" in report["reason"]
+
+
+@pytest.mark.parametrize(("accepted", "code"), [(True, 0), (False, 2)])
+def test_inspect_prints_the_report_as_text_or_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, accepted: bool, code: int
+) -> None:
+    report = types.SimpleNamespace(accepted=accepted, as_text=lambda: "text", as_json=lambda: "{}")
+    module = types.ModuleType("l2p_lowvram.inspection")
+    module.inspect_model = lambda path: report  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "l2p_lowvram.inspection", module)
+
+    assert main(["inspect", "m"]) == code
+    assert main(["inspect", "m", "--json"]) == code
+    assert capsys.readouterr().out == "text\n{}\n"
+
+
+# help, version, the process
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_help_shows_examples_and_exit_codes(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--help"]) == 0
+
+    out = capsys.readouterr().out
+    assert f"l2p-lowvram {command} " in out.split("examples:")[1]
+    assert "exit codes: 0 done; 2 bad option, file or size; 3 " in out
+
+
+def test_every_option_of_generate_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = generate_options()
+
+    assert len(actions) > 25
+    assert [action.option_strings for action in actions if not action.help] == []
+
+
+def test_the_examples_use_only_options_there_are() -> None:
+    known = {option for action in generate_options() for option in action.option_strings}
+
+    words = cli.GENERATE_EPILOG.split("environment:")[0].replace("\\\n", " ").split()
+    options = {word for word in words if word.startswith("-") and word != "-"}
+
+    assert len(options) > 8
+    assert options <= known
+
+
+def test_defaults_named_in_help_are_the_real_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+
+    assert f"1 entirely (default {order.DEFAULT_STRENGTH})" in text
+    assert f"for JPEG and WebP (default {images.DEFAULT_QUALITY})" in text
+    assert "(default l2p_{seed}.png)" in text
+
+
+def test_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+
+    assert capsys.readouterr().out == f"l2p-lowvram {__version__}\n"
+
+
+def test_the_modules_run_as_a_program() -> None:
+    done = python("-m", "l2p_lowvram", "generate", "-p", "x", "--steps", "no")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: argument --steps")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    done = python("-c", "import sys; from l2p_lowvram.cli import main; main(['--help']); print('torch' in sys.modules)")
+
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_reader_that_goes_away_stops_nothing() -> None:
+    script = (
+        "import os, sys; from l2p_lowvram.stdout import print_line\n"
+        "read, write = os.pipe(); os.dup2(write, 1); os.close(write); os.close(read)\n"
+        "print_line('a.png'); print_line('b.png'); print('still here', file=sys.stderr)"
+    )
+
+    done = python("-c", script)
+
+    assert (done.returncode, done.stderr) == (0, "still here\n")
+
+
+def test_a_file_name_in_bytes_is_printed_as_those_bytes() -> None:
+    script = "from l2p_lowvram.stdout import print_line; print_line('caf\\udce9.png')"
+
+    done = subprocess.run([sys.executable, "-X", "utf8", "-c", script], capture_output=True, cwd=ROOT, check=True)
+
+    assert done.stdout == b"caf\xe9.png\n"
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
+    )

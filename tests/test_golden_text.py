@@ -1,0 +1,252 @@
+"""Prompt template, token ids and encoder features against Qwen3's own implementations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from l2p_lowvram.encoder import LazyTextEncoder
+from l2p_lowvram.text import MAX_TOKENS, PromptTokenizer, render_prompt
+from tests import goldens
+
+PROMPTS = goldens.values("prompts")
+SPECIAL = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+
+
+def spelled(text: str) -> str:
+    """Byte-level BPE's spelling of a text: a printable character per byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    return "".join(characters[byte] for byte in text.encode())
+
+
+# The part of Qwen's vocabulary that the prompts below need, as byte-level BPE spells it.
+# In this order the merges never get in each other's way.
+VOCABULARY = {
+    "Ċ": 198, "Ġ": 220, "a": 64, "user": 872, "assistant": 77091, "Ġcat": 8251, "agram": 5745, "Ġand": 323, "an": 276,
+    "Ġorig": 2713, "ami": 10606, "Ġpig": 23694, "Ġon": 389, "Ġfire": 3940, "Ġin": 304, "Ġthe": 279,
+    "Ġmiddle": 6149, "Ġof": 315, "Ġa": 264, "Ġdark": 6319, "Ġroom": 3054, "Ġwith": 448, "Ġpent": 20189,
+    "Ġfloor": 6422, "word": 1158, "Ġword": 3409, "Ġleading": 6388, "Ġtrailing": 27748,
+    "Ġspaces": 12621, "ĠĠ": 256, "Ġprompt": 9934, "Ġinside": 4766,
+    "H": 39, "lo": 385, "ld": 507, "ĊĊ": 271, "Ġw": 289, "Ġline": 1555, "new": 931, "ĉtab": 58149,
+    "1": 16, "2": 17, "3": 18, "4": 19, "5": 20,
+}  # fmt: skip
+# Likewise, as text: in their bytes nobody could read them.
+TEXTS = {
+    "él": 18503, "ör": 9416, " 🙂": 27484, "一幅": 107814, "为": 17714, "名为": 101599, "“": 2073, "造": 66078,
+    "相": 48921, "”的": 97907, "项目": 73345, "设计": 70500, "的": 9370, "创意": 102343, "海报": 108755,
+}  # fmt: skip
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json with Qwen's rules and the entries of its vocabulary at hand."""
+    vocabulary = {**VOCABULARY, **{spelled(text): number for text, number in TEXTS.items()}, **SPECIAL}
+    merges: list[str] = []
+
+    def join(pieces: list[str]) -> str:
+        """Merge rules that build the pieces' whole from left to right."""
+        whole = pieces[0]
+        for piece in pieces[1:]:
+            merges.append(f"{whole} {piece}")
+            whole += piece
+            vocabulary.setdefault(whole, 200_000 + len(vocabulary))
+        return whole
+
+    for byte in spelled("".join(map(chr, range(256)))) + "".join(map(spelled, TEXTS)):
+        vocabulary.setdefault(byte, 200_000 + len(vocabulary))
+    for token in VOCABULARY:
+        join(list(token))
+    for text in TEXTS:
+        join([join(list(spelled(character))) for character in text])
+    split = {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": number, "content": text, **flags} for text, number in SPECIAL.items()],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": list(dict.fromkeys(merges))},
+    }
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("case", PROMPTS, ids=lambda case: ascii(case["prompt"])[:24])
+def test_rendered_prompt_matches_the_reference(case):
+    assert render_prompt(case["prompt"]) == case["rendered"]
+
+
+@pytest.mark.parametrize("case", PROMPTS, ids=lambda case: ascii(case["prompt"])[:24])
+def test_token_ids_match_the_reference(tokenizer_file: Path, case):
+    ids = PromptTokenizer.from_file(str(tokenizer_file))(case["prompt"])
+
+    assert ids == case["input_ids"]
+    assert len(ids) <= MAX_TOKENS
+
+
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path: Path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer"):
+        PromptTokenizer.from_file(str(path))
+
+
+def encoder_folder(folder: Path, weights: dict[str, torch.Tensor], *, shards: int = 1) -> Path:
+    """A Hugging Face folder: config.json, shards and their index."""
+    config = goldens.values("te_a.config")
+    keep = {key: value for key, value in config.items() if key not in ("kind", "set", "digest_all", "rope_theta")}
+    keep |= {"model_type": "qwen3", "rope_parameters": {"rope_theta": config["rope_theta"]}}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(keep))
+    names = sorted(weights)
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+        return folder
+    index = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = {name: weights[name] for name in names[number::shards]}
+        save_file(part, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def without_last_layer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights.items() if not name.startswith(("model.layers.2.", "model.norm"))}
+
+
+def with_head(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+
+
+def bare_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): value for name, value in weights.items()}
+
+
+def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> LazyTextEncoder:
+    return LazyTextEncoder(path, device=torch.device("cpu"), dtype=dtype)
+
+
+def check_features(encoder: LazyTextEncoder, tolerance: float = 3e-5) -> None:
+    stored = goldens.tensors("te_a.goldens")
+    for index in range(4):
+        mask = stored[f"case{index}.attention_mask"].bool()
+        ids = stored[f"case{index}.input_ids"][mask][None]
+        features = encoder(ids)[0].float()
+        expected = stored[f"case{index}.prompt_embeds"]
+        if tolerance < 1e-3:
+            torch.testing.assert_close(features, expected, atol=tolerance, rtol=0)
+        else:
+            assert (features - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("change", [dict, without_last_layer, with_head])
+def test_encoder_folder_matches_the_reference(tmp_path: Path, shards: int, change):
+    folder = encoder_folder(tmp_path / "text_encoder", change(goldens.weights("te_a")), shards=shards)
+
+    check_features(open_encoder(folder))
+
+
+@pytest.mark.parametrize("change", [dict, with_head, bare_names])
+def test_single_file_encoder_matches_the_reference(tmp_path: Path, change):
+    save_file(change(goldens.weights("te_a")), tmp_path / "encoder.safetensors")
+
+    check_features(open_encoder(tmp_path / "encoder.safetensors"))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_half_precision_encoder_is_close(tmp_path: Path, dtype: torch.dtype, tolerance: float):
+    weights = {name: value.to(dtype) for name, value in goldens.weights("te_a").items()}
+    save_file(weights, tmp_path / "encoder.safetensors")
+
+    check_features(open_encoder(tmp_path / "encoder.safetensors"), tolerance)
+
+
+@pytest.mark.parametrize("key", ["weight_scale", "scale_weight"])
+def test_scaled_fp8_encoder_is_close(tmp_path: Path, key: str):
+    weights = {}
+    for name, value in goldens.weights("te_a").items():
+        if value.dim() == 2 and "embed" not in name:
+            scale = value.abs().max() / 448
+            weights[name] = (value / scale).to(torch.float8_e4m3fn)
+            weights[name.removesuffix("weight") + key] = scale.reshape(())
+            weights[name.removesuffix("weight") + "input_scale"] = torch.ones(())
+        else:
+            weights[name] = value
+    weights["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "encoder.safetensors")
+
+    check_features(open_encoder(tmp_path / "encoder.safetensors"), 0.1)
+
+
+def test_encoder_holds_its_weights_only_while_it_works(tmp_path: Path, monkeypatch):
+    import gc
+    import weakref
+
+    save_file(goldens.weights("te_a"), tmp_path / "encoder.safetensors")
+    encoder = open_encoder(tmp_path / "encoder.safetensors")
+
+    loads = []
+    original = encoder.load
+
+    def load():
+        model = original()
+        loads.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(encoder, "load", load)
+    with encoder.shared():
+        encoder(torch.tensor([[1, 2, 3]]))
+        encoder(torch.tensor([[4]]))
+        assert [alive() is not None for alive in loads] == [True]
+    gc.collect()
+
+    assert loads[0]() is None
+
+
+def test_encoder_folder_of_another_model_is_refused(tmp_path: Path):
+    folder = encoder_folder(tmp_path / "text_encoder", goldens.weights("te_a"))
+    config = json.loads((folder / "config.json").read_text())
+
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(ValueError, match="only qwen3"):
+        open_encoder(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 65}))
+    with pytest.raises(ValueError, match=r"hidden_size is 65 but the tensors say 64"):
+        open_encoder(folder)
+    shutil.rmtree(folder)
+
+
+def test_incomplete_encoder_is_refused_by_name(tmp_path: Path):
+    weights = dict(goldens.weights("te_a"))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "encoder.safetensors")
+
+    with pytest.raises(ValueError, match=r"lacks 1 of \d+ tensors, first is layers\.1\.mlp\.up_proj\.weight"):
+        open_encoder(tmp_path / "encoder.safetensors")
+
+
+def test_token_outside_the_vocabulary_is_refused(tmp_path: Path):
+    save_file(goldens.weights("te_a"), tmp_path / "encoder.safetensors")
+
+    with pytest.raises(ValueError, match="token id 512 is outside the encoder's vocabulary of 512"):
+        open_encoder(tmp_path / "encoder.safetensors")(torch.tensor([[512]]))

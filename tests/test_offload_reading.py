@@ -1,0 +1,283 @@
+"""Parallel reads: every way of reading gives the file's bytes; every fault is named and leaves nothing behind."""
+
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from offload import Checkpoint, CheckpointError
+from offload import reading as reading_module
+from offload.blocks import Extent
+from offload.reading import DirectFile, Reader, SeekingFile, open_file, probe_io
+
+IO = ["read", "direct", "mmap"]
+SIZE = 300_000
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.randint(0, 256, (SIZE,), dtype=torch.uint8)}, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No thread and no descriptor outlives a test, faults and all."""
+    before = descriptors()
+    yield
+    assert [thread.name for thread in threading.enumerate() if "offload" in thread.name] == []
+    assert descriptors() == before
+
+
+def descriptors() -> list[str]:
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        return []
+    links = []
+    for entry in folder.iterdir():
+        try:
+            links.append(str(entry.readlink()))
+        except OSError:  # the descriptor of this very listing
+            continue
+    return sorted(link for link in links if link.endswith(".safetensors"))
+
+
+def supported(path: Path, io: str) -> bool:
+    try:
+        open_file(path, io).close()
+    except OSError:
+        return False
+    return True
+
+
+def read(reader: Reader, extents: list[Extent], nbytes: int) -> bytes:
+    buffer = torch.full((nbytes,), 0xAA, dtype=torch.uint8)
+    reader.submit("layers.3", extents, buffer).wait()
+    return buffer.numpy().tobytes()
+
+
+@pytest.mark.parametrize("io", IO)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    places=st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, 30_000)), min_size=1, max_size=3),
+    piece_bytes=st.sampled_from([3000, 4096, 10_001, 1 << 20]),
+    threads=st.integers(1, 4),
+)
+def test_reads_equal_the_file_whatever_the_ranges(
+    path: Path, io: str, places: list[tuple[int, int]], piece_bytes: int, threads: int
+) -> None:
+    if not supported(path, io):
+        pytest.skip(f"{io} is not available here")
+    content = path.read_bytes()
+    extents, target = [], 0
+    for offset, nbytes in places:
+        nbytes = min(nbytes, len(content) - offset)
+        extents.append(Extent(path, offset, nbytes, target))
+        target += nbytes + 3
+
+    with (
+        Checkpoint.open(path) as checkpoint,
+        Reader(checkpoint, io=io, threads=threads, piece_bytes=piece_bytes) as reader,
+    ):
+        got = read(reader, extents, target)
+
+    wanted = bytearray(b"\xaa" * target)
+    for extent in extents:
+        wanted[extent.target : extent.target + extent.nbytes] = content[extent.offset : extent.offset + extent.nbytes]
+    assert got == bytes(wanted)
+
+
+@pytest.mark.parametrize("kind", [SeekingFile, DirectFile])
+def test_other_files_read_like_positional_ones(path: Path, kind: type) -> None:
+    if kind is DirectFile and not supported(path, "direct"):
+        pytest.skip("no direct reads here")
+    content = path.read_bytes()
+    file = kind(path)
+    target = np.zeros(5000, np.uint8)
+
+    inside = file.read_into(77, target)
+    at_end = file.read_into(len(content) - 10, target.copy())
+    past_end = file.read_into(len(content) + 10_000, target.copy())
+    file.close()
+
+    assert (inside, at_end, past_end) == (5000, 10, 0)
+    assert target.tobytes() == content[77:5077]
+
+
+def test_a_system_without_positional_reads_uses_a_handle_per_thread(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "preadv")
+    content = path.read_bytes()
+
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint, threads=3, piece_bytes=1000) as reader:
+        got = read(reader, [Extent(path, 100, 200_000, 0)], 200_000)
+        opened = descriptors()
+
+    assert got == content[100:200_100]
+    assert len(opened) > 1 or not opened
+
+
+@pytest.mark.parametrize("most", [1, 7, 999])
+def test_short_reads_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: whole(fd, [buffers[0][:most]], at))
+
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint) as reader:
+        assert read(reader, [Extent(path, 50, 3000, 0)], 3000) == path.read_bytes()[50:3050]
+
+
+def test_an_io_error_names_block_file_and_offset(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.preadv
+
+    def fail_late(fd: int, buffers: list, at: int) -> int:
+        if at >= 100_000:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", fail_late)
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint, piece_bytes=10_000) as reader:
+        with pytest.raises(OSError, match=r"block layers\.3: 10000 bytes at byte 1\d0000 cannot be read") as caught:
+            read(reader, [Extent(path, 0, 200_000, 0)], 200_000)
+        monkeypatch.undo()
+        after = read(reader, [Extent(path, 0, 200_000, 0)], 200_000)
+
+    assert caught.value.errno == errno.EIO
+    assert caught.value.filename == str(path)
+    assert after == path.read_bytes()[:200_000]
+
+
+@pytest.mark.parametrize("io", IO)
+def test_a_file_cut_short_is_refused_before_it_is_read(path: Path, io: str) -> None:
+    if not supported(path, io):
+        pytest.skip(f"{io} is not available here")
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint, io=io) as reader:
+        os.truncate(path, 1000)
+        with pytest.raises(CheckpointError, match=r"has 1000 bytes, it had \d+ .*before reading block layers\.3"):
+            read(reader, [Extent(path, 0, 5000, 0)], 5000)
+
+
+@pytest.mark.parametrize("io", ["read", "direct"])
+def test_a_file_cut_short_while_it_is_read_ends_in_an_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch, io: str
+) -> None:
+    if not supported(path, io):
+        pytest.skip(f"{io} is not available here")
+    monkeypatch.setattr(Reader, "_check", lambda self, label, path: None)
+
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint, io=io) as reader:
+        os.truncate(path, 100_000)
+        with pytest.raises(CheckpointError, match=r"block layers\.3: .*the file ends at byte 100000; it was cut short"):
+            read(reader, [Extent(path, 50_000, 100_000, 0)], 100_000)
+
+
+def test_a_replaced_file_is_refused(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    shutil.copy(path, other)
+
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint) as reader:
+        os.utime(other, ns=(1, 1))
+        other.replace(path)
+        with pytest.raises(CheckpointError, match="was modified since it was opened"):
+            read(reader, [Extent(path, 0, 100, 0)], 100)
+        path.unlink()
+        with pytest.raises(CheckpointError, match=r"was removed before block layers\.3"):
+            read(reader, [Extent(path, 0, 100, 0)], 100)
+        with pytest.raises(CheckpointError, match="was removed since it was opened"):
+            reader.verify()
+
+
+def test_a_file_of_the_same_size_and_time_but_another_header_is_refused(path: Path) -> None:
+    with Checkpoint.open(path) as checkpoint:
+        status = path.stat()
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b'"w"', b'"x"', 1))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(CheckpointError, match="another header"):
+            Reader(checkpoint)
+
+
+def test_an_unknown_way_of_reading_is_refused(path: Path) -> None:
+    with Checkpoint.open(path) as checkpoint, pytest.raises(ValueError, match="io must be read, direct or mmap"):
+        Reader(checkpoint, io="fast")
+
+
+def test_cancel_waits_until_the_buffer_is_no_longer_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: (time.sleep(0.01), whole(fd, buffers, at))[1])
+    buffer = torch.zeros(SIZE, dtype=torch.uint8)
+
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint, threads=2, piece_bytes=1000) as reader:
+        job = reader.submit("layers.3", [Extent(path, 0, SIZE, 0)], buffer)
+        time.sleep(0.03)
+        job.cancel()
+        before = buffer.clone()
+        time.sleep(0.05)
+
+        assert torch.equal(buffer, before)
+        assert before.count_nonzero() < SIZE // 2
+        with pytest.raises(CancelledError):
+            job.wait()
+
+
+def test_close_ends_reads_under_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: (time.sleep(0.01), whole(fd, buffers, at))[1])
+    started = time.perf_counter()
+
+    with Checkpoint.open(path) as checkpoint:
+        reader = Reader(checkpoint, threads=2, piece_bytes=1000)
+        job = reader.submit("layers.3", [Extent(path, 0, SIZE, 0)], torch.zeros(SIZE, dtype=torch.uint8))
+        reader.close()
+        reader.close()
+
+    assert time.perf_counter() - started < 1.0
+    with pytest.raises(CancelledError):
+        job.wait()
+
+
+def test_dropped_ranges_read_the_same_again(path: Path) -> None:
+    buffer = torch.zeros(SIZE, dtype=torch.uint8)
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint) as reader:
+        for _ in range(2):
+            reader.submit("layers.3", [Extent(path, 10, SIZE, 0)], buffer.zero_(), drop_cache=True).wait()
+            assert buffer.numpy().tobytes() == path.read_bytes()[10 : SIZE + 10]
+
+        assert reader.read_bytes == 2 * SIZE
+
+
+def test_the_probe_names_the_fastest_way_and_every_rate(path: Path) -> None:
+    with Checkpoint.open(path) as checkpoint:
+        probe = probe_io(checkpoint, rounds=3, round_bytes=20_000)
+
+    assert probe.rates[probe.io] >= 0.95 * max(probe.rates.values())
+    assert all(f"{io} {rate / 1e9:.2f} GB/s" in probe.reason for io, rate in probe.rates.items())
+
+
+def test_the_probe_says_why_a_way_is_not_available(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+
+    with Checkpoint.open(path) as checkpoint:
+        probe = probe_io(checkpoint, rounds=2, round_bytes=20_000)
+
+    assert "direct" not in probe.rates
+    assert "direct not available: this system has no direct reads" in probe.reason
+
+
+def test_on_a_tie_the_plainest_way_wins() -> None:
+    probe = reading_module._judge({"read": 9.7e9, "direct": 10e9, "mmap": 2e9}, {})
+
+    assert probe.io == "read"
+    assert probe.reason.startswith("read (within 5% of the fastest): read 9.70 GB/s")

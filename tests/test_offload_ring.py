@@ -1,0 +1,388 @@
+"""The ring on the CPU with real files and threads: streamed equals resident, and every fault ends cleanly."""
+
+import errno
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from offload import Block, BudgetError, Checkpoint, CheckpointError
+from offload.blocks import Extent, Part, TensorSource
+from offload.devices import CpuDevice, aligned_buffer
+from offload.reading import Reader, ReadJob
+from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
+from offload.ring import Ring, _Visit
+from offload.simulator import SimulatedAccelerator, SimulatedReader
+
+RATES = Rates(disk=1e9, cached=5e9, link=None)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [thread.name for thread in threading.enumerate() if "offload" in thread.name] == []
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """Seven blocks, the first two of twice the size, each with a fused qkv kept split and a BF16 scale."""
+    tensors: dict[str, Tensor] = {}
+    for index in range(7):
+        width = 128 if index < 2 else 64
+        for part in "qkv":
+            tensors[f"{index}.{part}"] = torch.randint(-128, 128, (64, width), dtype=torch.int8)
+        tensors[f"{index}.scale"] = torch.rand(192, 1).bfloat16()
+        tensors[f"{index}.out"] = torch.randn(width, 64)
+        tensors[f"{index}.bias"] = torch.randn(7)
+    save_file(tensors, tmp_path / "model.safetensors")
+    return Checkpoint.open(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def blocks(checkpoint: Checkpoint) -> list[Block]:
+    made = []
+    for index in range(7):
+        infos = {name.split(".")[1]: info for name, info in checkpoint.tensors.items() if name.startswith(f"{index}.")}
+        width = infos["q"].shape[1]
+        qkv = tuple(Part(infos[part], (64, width)) for part in "qkv")
+        sources = (
+            TensorSource("qkv", (192, width), torch.int8, qkv),
+            TensorSource("scale", (192, 1), torch.float32, (Part(infos["scale"], (192, 1)),)),
+            TensorSource.plain(infos["out"], "out"),
+            TensorSource.plain(infos["bias"], "bias"),
+        )
+        made.append(Block(f"layers.{index}", sources))
+    return made
+
+
+def plan_for(blocks: Sequence[Block], device_bytes: int, slots: int | None = None) -> ResidencyPlan:
+    costs = [BlockCost(block.name, block.nbytes, 1e-3) for block in blocks]
+    return plan_residency(costs, RATES, Budget(device_bytes), slots=slots)
+
+
+def whole(blocks: Sequence[Block]) -> int:
+    return sum(block.nbytes for block in blocks)
+
+
+def weights_of(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
+    """A block's tensors read the plain way."""
+    part = {name: checkpoint.tensor(f"{index}.{name}") for name in ("q", "k", "v", "scale", "out", "bias")}
+    qkv = torch.cat([part["q"], part["k"], part["v"]])
+    return {"qkv": qkv, "scale": part["scale"].float(), "out": part["out"], "bias": part["bias"]}
+
+
+def step(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """A layer of sorts, (rows, 64) -> (rows, 64), that any wrong byte disturbs."""
+    weight = weights["qkv"].float() * weights["scale"]
+    hidden = torch.nn.functional.linear(x, weights["out"]) @ weight.T
+    return torch.tanh(hidden[:, :64] - hidden[:, 64:128] + hidden[:, 128:] + weights["bias"].sum()) + x
+
+
+def walk(ring: Ring, blocks: Sequence[Block], x: Tensor, steps: int, delays: Random | None = None) -> Tensor:
+    for _ in range(steps):
+        for block in blocks:
+            with ring.visit(block.name) as weights:
+                if delays is not None:
+                    time.sleep(delays.random() * 2e-3)
+                x = step(dict(weights), x)
+    return x
+
+
+class SlowReader:
+    """Passes reads on after a random while, from a thread, so that they end in any order."""
+
+    def __init__(self, reader: Reader, seed: int) -> None:
+        self._reader = reader
+        self._random = Random(seed)
+
+    def submit(self, label: str, extents: Sequence[Extent], buffer: Tensor, *, drop_cache: bool = False) -> ReadJob:
+        job = ReadJob(1)
+        delay = self._random.random() * 4e-3
+
+        def read() -> None:
+            time.sleep(delay)
+            self._reader.submit(label, extents, buffer, drop_cache=drop_cache).wait()
+            job.finish_piece()
+
+        threading.Thread(target=read, name="slow reader", daemon=True).start()
+        return job
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.8, 1.0])
+def test_streamed_equals_resident_bit_for_bit_with_poisoned_slots(
+    checkpoint: Checkpoint, blocks: list[Block], share: float, rows: int
+) -> None:
+    x = torch.randn(rows, 64)
+    plan = plan_for(blocks, int(whole(blocks) * share))
+    everything = plan_for(blocks, whole(blocks))
+
+    with Reader(checkpoint, piece_bytes=4096) as reader:
+        with Ring(blocks, plan, CpuDevice(), reader, poison=True) as ring:
+            streamed = walk(ring, blocks, x, steps=3)
+        with Ring(blocks, everything, CpuDevice(), reader) as ring:
+            resident = walk(ring, blocks, x, steps=3)
+
+    assert plan.count(Tier.DEVICE) < 7 or share == 1.0
+    assert everything.count(Tier.DEVICE) == 7
+    assert resident.isfinite().all()
+    assert torch.equal(streamed, resident)
+
+
+def test_every_tensor_of_every_visit_is_the_files(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
+        for _ in range(3):
+            for index, block in enumerate(blocks):
+                with ring.visit(block.name) as weights:
+                    for name, expected in weights_of(checkpoint, index).items():
+                        assert torch.equal(weights[name], expected), (block.name, name)
+                        assert weights[name].data_ptr() % 256 == 0
+
+
+def test_a_visit_that_outlives_its_slot_sees_the_poison(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    """The poison works: without it, a wrong tensor could look right by luck."""
+    plan = plan_for(blocks, 3 * blocks[-1].nbytes)
+    index = next(index for index, block in enumerate(blocks) if plan.tiers[block.name] is Tier.DISK)
+    with Reader(checkpoint) as reader, Ring(blocks, plan, CpuDevice(), reader, poison=True) as ring:
+        with ring.visit(f"layers.{index}") as weights:
+            bias = weights["bias"]
+        after = bias.clone()
+
+    assert not torch.equal(after, weights_of(checkpoint, index)["bias"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_delays_change_nothing_and_never_block(checkpoint: Checkpoint, blocks: list[Block], seed: int) -> None:
+    x = torch.randn(2, 64)
+    plan = plan_for(blocks, whole(blocks) // 2)
+    expected = x
+    for _ in range(3):
+        for index in range(len(blocks)):
+            expected = step({name: tensor.clone() for name, tensor in weights_of(checkpoint, index).items()}, expected)
+
+    with Reader(checkpoint, piece_bytes=1000) as reader:
+        slow = SlowReader(reader, seed)
+        with Ring(blocks, plan, CpuDevice(), slow, poison=True) as ring:
+            got = walk(ring, blocks, x, 3, Random(seed))
+
+    assert torch.equal(got, expected)
+
+
+class DoesNotWaitForRelease(Ring):
+    """Refills slots without asking whether they are still in use."""
+
+    def _needed(self, visit: _Visit) -> int:
+        return 0
+
+
+def test_without_its_wait_the_ring_overwrites_what_is_in_use(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    """The tests above can fail: this is what they would see."""
+    plan = plan_for(blocks, 2 * blocks[-1].nbytes)
+    bias = weights_of(checkpoint, 3)["bias"]
+    with (
+        Reader(checkpoint) as reader,
+        DoesNotWaitForRelease(blocks, plan, CpuDevice(), reader) as ring,
+        ring.visit("layers.3") as weights,
+    ):
+        deadline = time.monotonic() + 10
+        while torch.equal(weights["bias"], bias) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        overwritten = not torch.equal(weights["bias"], bias)
+
+    assert plan.count(Tier.DISK) == 7
+    assert overwritten
+
+
+def test_prefetch_runs_across_the_end_of_a_step(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    plan = plan_for(blocks, 3 * blocks[-1].nbytes, slots=3)
+    with Reader(checkpoint) as reader, Ring(blocks, plan, CpuDevice(), reader) as ring:
+        for block in blocks:
+            with ring.visit(block.name):
+                pass
+        once = sum(block.layout.read_bytes for block in blocks)
+        deadline = time.monotonic() + 10
+        while reader.read_bytes == once and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+        assert reader.read_bytes == once + blocks[0].layout.read_bytes
+
+
+def test_blocks_can_be_visited_in_any_order(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    order = [3, 4, 0, 0, 6, 1, 2, 5, 5]
+    with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
+        for index in order:
+            with ring.visit(f"layers.{index}") as weights:
+                assert torch.equal(weights["bias"], weights_of(checkpoint, index)["bias"])
+
+        assert ring.seeks > 0
+
+
+def test_an_exception_inside_a_block_leaves_the_ring_usable(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    x = torch.randn(2, 64)
+    with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
+        expected = walk(ring, blocks, x, 1)
+        with pytest.raises(ZeroDivisionError), ring.visit("layers.0"):
+            _ = 1 / 0
+        after = walk(ring, blocks, x, 1)
+
+    assert torch.equal(expected, after)
+
+
+def test_a_read_error_reaches_the_caller_with_block_and_offset_and_the_next_run_works(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 64)
+    bad = blocks[5].layout.extents[0].offset
+    whole_read = os.preadv
+
+    def fail(descriptor: int, buffers: list, offset: int) -> int:
+        if offset == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole_read(descriptor, buffers, offset)
+
+    with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
+        expected = walk(ring, blocks, x, 2)
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(OSError, match=rf"block layers\.5: \d+ bytes at byte {bad} cannot be read") as caught:
+            walk(ring, blocks, x, 4)
+        monkeypatch.undo()
+        after = walk(ring, blocks, x, 2)
+
+    assert caught.value.errno == errno.EIO
+    assert torch.equal(after, expected)
+
+
+def test_a_file_cut_short_under_way_is_reported_not_computed_on(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
+        walk(ring, blocks, torch.randn(1, 64), 1)
+        os.truncate(checkpoint.files[0], 5000)
+        with pytest.raises(CheckpointError, match=r"has 5000 bytes.*before reading block layers"):
+            walk(ring, blocks, torch.randn(1, 64), 3)
+
+
+def test_closing_in_the_middle_ends_the_courier_at_once(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    with Reader(checkpoint) as reader:
+        ring = Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), SlowReader(reader, 0))
+        with ring.visit("layers.2"):
+            pass
+        started = time.perf_counter()
+        ring.close()
+        ring.close()
+
+        assert time.perf_counter() - started < 1.0
+        with pytest.raises(ValueError, match=r"layers\.0 cannot be visited: the ring is closed"):
+            ring.visit("layers.0").__enter__()
+
+
+class WatchedDevice(CpuDevice):
+    """Knows which of its buffers are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def device_buffer(self, nbytes: int) -> Tensor:
+        buffer = super().device_buffer(nbytes)
+        self.storages.append(weakref.ref(buffer.untyped_storage()))
+        return buffer
+
+    @property
+    def alive(self) -> int:
+        return sum(storage() is not None for storage in self.storages)
+
+
+def test_closing_lets_go_of_all_memory(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    device = WatchedDevice()
+    with Reader(checkpoint) as reader:
+        with Ring(blocks, plan_for(blocks, whole(blocks) // 2), device, reader) as ring:
+            walk(ring, blocks, torch.randn(1, 64), 2)
+            held = device.alive
+
+        assert device.alive == 0
+    assert held == len(device.storages) == 2  # what stays, and the slots: nothing more, ever
+
+
+def test_closing_after_an_error_lets_go_of_all_memory(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, buffers: list, offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    device = WatchedDevice()
+    with Reader(checkpoint) as reader:
+        monkeypatch.setattr(os, "preadv", fail)
+        with Ring(blocks, plan_for(blocks, whole(blocks) // 2), device, reader) as ring:
+            try:
+                walk(ring, blocks, torch.randn(1, 64), 1)
+            except OSError as error:
+                message = str(error)
+
+        gc.collect()  # tracebacks lead back to their errors
+        assert "block layers.0" in message
+        assert device.alive == 0
+
+
+def test_two_rings_in_one_process_do_not_disturb_each_other(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    x = torch.randn(2, 64)
+    plan = plan_for(blocks, whole(blocks) // 2)
+    with (
+        Reader(checkpoint) as reader,
+        Ring(blocks, plan, CpuDevice(), reader, poison=True) as one,
+        Ring(blocks, plan, CpuDevice(), reader, poison=True) as two,
+    ):
+        first = second = x
+        for block in blocks * 2:
+            with one.visit(block.name) as weights, two.visit(block.name) as others:
+                first, second = step(dict(weights), first), step(dict(others), second)
+
+    assert torch.equal(first, second)
+
+
+def test_a_visit_inside_a_visit_is_refused(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    with (
+        Reader(checkpoint) as reader,
+        Ring(blocks, plan_for(blocks, whole(blocks)), CpuDevice(), reader) as ring,
+        ring.visit("layers.0"),
+        pytest.raises(ValueError, match=r"layers\.1 cannot be visited: block layers\.0 is being visited"),
+    ):
+        ring.visit("layers.1").__enter__()
+
+
+def test_an_unknown_block_is_named(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    with (
+        Reader(checkpoint) as reader,
+        Ring(blocks, plan_for(blocks, whole(blocks)), CpuDevice(), reader) as ring,
+        pytest.raises(KeyError, match=r"layers\.9"),
+    ):
+        ring.visit("layers.9").__enter__()
+
+
+def test_a_budget_below_a_slot_pair_is_refused_before_anything_starts(blocks: list[Block]) -> None:
+    with pytest.raises(BudgetError, match="a ring of 2 slots"):
+        plan_for(blocks, blocks[-1].nbytes)
+
+
+def test_buffers_are_aligned_and_of_the_size_asked_for() -> None:
+    for nbytes in (0, 1, 255, 10_000):
+        buffer = aligned_buffer(nbytes)
+
+        assert buffer.shape == (nbytes,)
+        assert nbytes == 0 or buffer.data_ptr() % 4096 == 0
+
+
+def test_an_accelerator_without_a_staging_ring_is_refused(blocks: list[Block]) -> None:
+    device = SimulatedAccelerator()
+    plan = replace(plan_for(blocks, whole(blocks) // 2), staging_bytes=0)
+
+    with pytest.raises(ValueError, match="a staging ring of 0 bytes is too small"):
+        Ring(blocks, plan, device, SimulatedReader(device))

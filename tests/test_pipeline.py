@@ -1,0 +1,440 @@
+"""The pipeline's own promises: seeds, batches, callbacks, sizes, guidance, what is refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from l2p_lowvram import L2PPipeline, NonFiniteError
+from l2p_lowvram.model import TransformerBlock
+from tests import goldens
+from tests.test_golden_text import encoder_folder, tokenizer_file  # noqa: F401  (a fixture)
+
+SIZE = {"width": 64, "height": 32}
+FAST = {**SIZE, "num_inference_steps": 2, "output_type": "pt"}
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> L2PPipeline:
+    path = goldens.write_checkpoint("a_mini", tmp_path_factory.mktemp("model"))
+    return L2PPipeline.from_pretrained(path, dtype="fp32")
+
+
+def features(seed: int, tokens: int = 9, width: int = 48) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+PROMPT = {"prompt_embeds": features(1), "negative_prompt_embeds": features(2, tokens=40)}
+
+
+def test_same_seed_gives_the_same_bits(pipe):
+    first = pipe(**PROMPT, seed=3, **FAST)
+    second = pipe(**PROMPT, seed=3, **FAST)
+
+    assert first.seeds == [3]
+    assert torch.equal(first.images, second.images)
+    assert not torch.equal(first.images, pipe(**PROMPT, seed=4, **FAST).images)
+
+
+def test_pictures_of_a_batch_are_those_of_single_runs(pipe):
+    """Branches share block visits with unchanged shapes, so not a bit may differ."""
+    together = pipe(
+        prompt_embeds=[features(1), features(5, tokens=50)],
+        negative_prompt_embeds=features(2),
+        seed=10,
+        num_images_per_prompt=2,
+        **FAST,
+    )
+
+    assert together.seeds == [10, 11, 12, 13]
+    for index, prompt in enumerate([features(1), features(1), features(5, tokens=50), features(5, tokens=50)]):
+        alone = pipe(prompt_embeds=prompt, negative_prompt_embeds=features(2), seed=10 + index, **FAST)
+        assert torch.equal(together.images[index], alone.images[0])
+
+
+def test_guidance_visits_every_block_once_a_step_with_both_branches(pipe, monkeypatch):
+    visits: list[int] = []
+    original = TransformerBlock.forward
+
+    def watch(self, x, rope, timestep_embedding=None, attend=torch.nn.functional.scaled_dot_product_attention):
+        visits.append(id(self))
+        return original(self, x, rope, timestep_embedding, attend)
+
+    monkeypatch.setattr(TransformerBlock, "forward", watch)
+    pipe(**PROMPT, seed=1, **FAST)
+
+    per_step = [id(block.module) for block in pipe.transformer.blocks() for _ in range(2)]
+    refiner = [id(block) for _ in range(2) for block in pipe.transformer.context_refiner]
+    assert visits == refiner + per_step * 2
+
+
+def test_guidance_of_one_never_looks_at_the_negative_prompt(pipe):
+    plain = pipe(prompt_embeds=features(1), cfg_scale=1.0, seed=1, **FAST)
+    ignored = pipe(**PROMPT, cfg_scale=1.0, seed=1, **FAST)
+    guided = pipe(**PROMPT, cfg_scale=1.5, seed=1, **FAST)
+
+    assert torch.equal(plain.images, ignored.images)
+    assert not torch.equal(plain.images, guided.images)
+
+
+def test_guidance_follows_the_documented_formula(pipe):
+    """One step from the same noise: velocities are linear in cfg_scale."""
+    scales = (1.0, 2.0, 3.0)
+    one_step = {**FAST, "num_inference_steps": 1}
+
+    at = [pipe(**PROMPT, cfg_scale=scale, seed=1, **one_step).images for scale in scales]
+
+    torch.testing.assert_close(at[2] - at[1], at[1] - at[0], atol=1e-5, rtol=0)
+
+
+def test_output_types_show_the_same_picture(pipe):
+    options = {**PROMPT, "seed": 1, **SIZE, "num_inference_steps": 2}
+    tensor = pipe(**options, output_type="pt").images
+    array = pipe(**options, output_type="np").images
+    pictures = pipe(**options).images
+
+    assert tensor.shape == (1, 3, 32, 64)
+    assert tensor.dtype == torch.float32
+    assert array.shape == (1, 32, 64, 3)
+    assert array.dtype == np.uint8
+    assert np.array_equal(np.asarray(pictures[0]), array[0])
+    expected = ((tensor.clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(array, expected)
+
+
+def test_returned_tensors_can_be_trained_with(pipe):
+    images = pipe(**PROMPT, seed=1, **FAST).images
+    weight = torch.ones((), requires_grad=True)
+
+    (images * weight).sum().backward()
+
+    assert weight.grad == images.sum()
+
+
+def test_callback_sees_every_step_and_the_estimate_arrives_at_the_picture(pipe):
+    seen: list[tuple[int, float]] = []
+    kept: dict[str, Tensor] = {}
+
+    def watch(given, step, sigma, tensors):
+        assert given is pipe
+        seen.append((step, sigma))
+        kept.update(tensors)
+
+    out = pipe(**PROMPT, seed=1, **{**FAST, "num_inference_steps": 3}, callback_on_step_end=watch)
+
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert seen[-1][1] == 0
+    assert all(earlier > later for (_, earlier), (_, later) in pairwise(seen))
+    assert torch.equal(kept["latents"], out.images)
+    torch.testing.assert_close(kept["denoised"], out.images, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("style", ["in place", "returned"])
+def test_callback_may_replace_the_sample(pipe, style: str):
+    replacement = torch.full((1, 3, 32, 64), 0.25)
+
+    def replace(given, step, sigma, tensors):
+        if step == 1:
+            if style == "returned":
+                return {"latents": replacement}
+            tensors["latents"] = replacement
+        return None
+
+    out = pipe(**PROMPT, seed=1, **FAST, callback_on_step_end=replace)
+
+    assert torch.equal(out.images, replacement)
+
+
+def test_interrupt_stops_after_the_step_and_returns_its_estimate(pipe):
+    kept: list[Tensor] = []
+
+    def stop(given, step, sigma, tensors):
+        kept.append(tensors["denoised"])
+        given.interrupt()
+
+    out = pipe(**PROMPT, seed=1, **{**FAST, "num_inference_steps": 9}, callback_on_step_end=stop)
+
+    assert out.interrupted
+    assert len(kept) == 1
+    assert torch.equal(out.images, kept[0])
+    assert not pipe(**PROMPT, seed=1, **FAST).interrupted
+
+
+def test_own_noise_equals_the_seeds(pipe):
+    noise = torch.randn((1, 3, 32, 64), generator=torch.Generator().manual_seed(5))
+
+    by_seed = pipe(**PROMPT, seed=5, **FAST).images
+    by_latents = pipe(**PROMPT, latents=noise, num_inference_steps=2, output_type="pt")
+    by_generator = pipe(**PROMPT, generator=torch.Generator().manual_seed(5), **FAST).images
+
+    assert by_latents.seeds is None
+    assert torch.equal(by_seed, by_latents.images)
+    assert torch.equal(by_seed, by_generator)
+
+
+def test_own_sigmas_equal_the_schedule_they_spell(pipe):
+    from l2p_lowvram.sampling import make_sigmas
+
+    spelled = make_sigmas(2, 3.0)[:-1].tolist()
+
+    by_steps = pipe(**PROMPT, seed=5, shift=3.0, **FAST).images
+    by_sigmas = pipe(**PROMPT, seed=5, sigmas=spelled, **SIZE, output_type="pt").images
+
+    assert torch.equal(by_steps, by_sigmas)
+
+
+def test_img2img_takes_pictures_and_tensors_and_keeps_their_size(pipe):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() * (2 / 255) - 1
+    options = {**PROMPT, "seed": 1, "num_inference_steps": 2, "output_type": "pt", "strength": 0.3}
+
+    picture = pipe(**options, image=Image.fromarray(pixels)).images
+    same = pipe(**options, image=tensor).images
+    weaker = pipe(**{**options, "strength": 0.05}, image=tensor).images
+
+    assert picture.shape == (1, 3, 32, 64)
+    torch.testing.assert_close(picture, same, atol=1e-5, rtol=0)
+    assert (weaker - tensor).abs().mean() < (picture - tensor).abs().mean()
+
+
+def test_without_encoder_and_negative_features_guidance_is_off_by_default(pipe):
+    plain = pipe(prompt_embeds=features(1), seed=1, **FAST)
+    spelled = pipe(prompt_embeds=features(1), cfg_scale=1.0, seed=1, **FAST)
+
+    assert torch.equal(plain.images, spelled.images)
+
+
+def test_a_rotated_photograph_is_taken_upright(pipe, tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "photo.jpg", exif=exif)
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        out = pipe(**PROMPT, image=photo, seed=1, num_inference_steps=1, output_type="pt")
+
+    assert out.images.shape == (1, 3, 64, 32)
+
+
+def test_drawing_a_seed_leaves_the_global_generator_alone(pipe):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+
+    torch.manual_seed(0)
+    pipe(**PROMPT, **FAST)
+
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33])
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (80, 48), (16, 128)])
+def test_ragged_grids_and_captions_run(pipe, tokens: int, width: int, height: int):
+    out = pipe(
+        prompt_embeds=features(1, tokens=tokens),
+        negative_prompt_embeds=features(2, tokens=2),
+        width=width,
+        height=height,
+        num_inference_steps=1,
+        seed=1,
+        output_type="pt",
+    )
+
+    assert out.images.shape == (1, 3, height, width)
+    assert out.images.isfinite().all()
+
+
+REFUSED = [
+    ({"width": 1000}, r"width must be a multiple of 16 pixels for this model, got 1000; nearest are 992 and 1008"),
+    ({"height": 0}, r"height must be a multiple of 16 .* got 0; the smallest is 16"),
+    ({"width": 64.0}, "width must be a whole number"),
+    ({"num_inference_steps": 0}, "steps must be a whole number from 1, got 0"),
+    ({"shift": 0.0}, "shift must be positive"),
+    ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number"),
+    ({"sigmas": [0.5, 0.7], "num_inference_steps": None}, "sigmas must descend"),
+    ({"sigmas": [1.5], "num_inference_steps": None}, r"sigmas must lie in \(0, 1\]"),
+    ({"sigmas": [], "num_inference_steps": None}, "sigmas is empty"),
+    ({"sigmas": [0.5]}, "sigmas says everything"),
+    ({"seed": -1}, "seed must be a whole number"),
+    ({"seed": 1, "latents": torch.zeros(1, 3, 32, 64)}, "give one of seed, generator and latents"),
+    ({"latents": torch.zeros(3, 32, 64)}, "latents must have shape"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number from 1"),
+    ({"output_type": "latent"}, "output_type must be one of pil, pt, np"),
+    ({"prompt_embeds": None}, "give either prompt or prompt_embeds"),
+    ({"prompt": "a fox"}, "give either prompt or prompt_embeds"),
+    ({"prompt_embeds": features(1, width=47)}, r"text features must have shape \(tokens, 48\), got \[9, 47\]"),
+    ({"prompt_embeds": torch.zeros(0, 48)}, r"got \[0, 48\]"),
+    ({"negative_prompt_embeds": [features(1)] * 3}, "3 negative prompts for 1 prompts"),
+    ({"image": torch.zeros(3, 16, 16)}, r"image must have shape \(3, 32, 64\)"),
+    ({"image": torch.zeros(3, 32, 64, dtype=torch.uint8)}, r"image must be a PIL image.* got torch.uint8 tensor"),
+    ({"image": np.zeros((32, 64, 3))}, "image must be a PIL image.* got ndarray"),
+    ({"image": torch.full((3, 32, 64), float("nan"))}, "image holds NaN or infinity"),
+    ({"latents": torch.full((1, 3, 32, 64), float("inf"))}, "latents holds NaN or infinity"),
+    ({"prompt_embeds": torch.full((9, 48), float("nan"))}, "prompt_embeds holds NaN or infinity"),
+    ({"negative_prompt": "ugly"}, "give either negative_prompt or negative_prompt_embeds"),
+    ({"negative_prompt_embeds": None, "cfg_scale": 2.0}, "give negative_prompt_embeds or cfg_scale=1"),
+    ({"prompt_embeds": [None]}, "prompt must be text, or features as a tensor, got NoneType"),
+    ({"noise_device": "teapot"}, "device 'teapot' cannot be used here"),
+    ({"shift": 1e39}, "shift must be positive and of a usual size"),
+    ({"image": torch.zeros(3, 32, 64), "strength": 1.5}, r"strength must lie in \(0, 1\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+def test_bad_arguments_are_refused_by_name(pipe, change, message: str):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{**PROMPT, **FAST, **change})
+
+
+def test_a_prompt_without_a_text_encoder_says_what_to_give(pipe):
+    with pytest.raises(ValueError, match="no text encoder; give text_encoder="):
+        pipe("a fox", **FAST)
+
+
+def test_guidance_that_overflows_is_named(pipe):
+    with pytest.raises(NonFiniteError, match=r"step 1 of 2, in the sampler; is a cfg_scale of 1e\+39 meant"):
+        pipe(**PROMPT, cfg_scale=1e39, seed=1, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "phase"),
+    [("layers.1.feed_forward.w2.weight", "transformer"), ("local_decoder.out_conv.bias", "local decoder")],
+)
+def test_an_overflow_stops_the_run_and_names_step_and_phase(tmp_path: Path, parameter: str, phase: str):
+    pipe = L2PPipeline.from_pretrained(goldens.write_checkpoint("a_mini", tmp_path), dtype="fp32")
+    module, _, leaf = parameter.rpartition(".")
+    broken = torch.full_like(pipe.transformer.get_parameter(parameter), float("inf"))
+    setattr(pipe.transformer.get_submodule(module), leaf, torch.nn.Parameter(broken, requires_grad=False))
+
+    with pytest.raises(NonFiniteError, match=f"in step 1 of 2, in the {phase}") as caught:
+        pipe(**PROMPT, seed=1, **FAST)
+
+    assert (caught.value.step, caught.value.phase) == (0, phase)
+
+
+def test_a_callback_that_returns_nan_is_caught(pipe):
+    def spoil(given, step, sigma, tensors):
+        tensors["latents"] = tensors["latents"] * float("nan")
+
+    with pytest.raises(NonFiniteError, match="step 1 of 2, in the callback"):
+        pipe(**PROMPT, seed=1, **FAST, callback_on_step_end=spoil)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer_file: Path) -> Path:  # noqa: F811
+    """A model folder whose parts fit: model, l2p.json, text encoder, tokenizer."""
+    config = {**goldens.values("a_mini.config"), "cap_feat_dim": 64, "set": "with_text"}
+    weights = {k: torch.from_numpy(v) for k, v in goldens.recipe("make_weights").build(config).items()}
+    root = tmp_path / "model"
+    root.mkdir()
+    save_file(weights, root / "model.safetensors")
+    (root / "l2p.json").write_text(
+        '{"rope_axes": [8, 12, 12], "defaults": {"width": 64, "height": 32, "steps": 2, "cfg_scale": 1.5, "shift": 2}}'
+    )
+    encoder = {**goldens.weights("te_a")}
+    embedding = torch.zeros(151_646, 64)
+    embedding[:512] = encoder["model.embed_tokens.weight"]
+    embedding[151_640:] = encoder["model.embed_tokens.weight"][:6]
+    encoder["model.embed_tokens.weight"] = embedding
+    encoder_folder(root / "text_encoder", encoder)
+    patched = (root / "text_encoder" / "config.json").read_text().replace('"vocab_size": 512', '"vocab_size": 151646')
+    (root / "text_encoder" / "config.json").write_text(patched)
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    return root
+
+
+def test_a_model_folder_brings_defaults_text_encoder_and_tokenizer(folder: Path):
+    pipe = L2PPipeline.from_pretrained(folder, dtype="fp32")
+
+    picture = pipe("a cat", seed=1, output_type="pt").images
+    embeds = pipe.encode_prompt("a cat")
+    spelled = pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=pipe.encode_prompt(""),
+        seed=1, width=64, height=32, num_inference_steps=2, cfg_scale=1.5, shift=2.0, output_type="pt",
+    ).images  # fmt: skip
+
+    assert embeds.shape == (10, 64)
+    assert torch.equal(picture, spelled)
+    ids = torch.tensor([[151644, 872, 198, 64, 8251, 151645, 198, 151644, 77091, 198]])
+    assert torch.equal(pipe.text_encoder(ids)[0], embeds)
+
+
+def test_prompts_share_one_load_of_the_encoder_and_one_refiner_run_each(folder: Path, monkeypatch):
+    pipe = L2PPipeline.from_pretrained(folder, dtype="fp32")
+    loads, refined = [], []
+    load, refine = pipe.text_encoder.load, pipe.transformer.encode_caption
+    monkeypatch.setattr(pipe.text_encoder, "load", lambda: loads.append(1) or load())
+    monkeypatch.setattr(pipe.transformer, "encode_caption", lambda *a: refined.append(1) or refine(*a))
+
+    pipe(["a cat", "a", "a cat"], seed=1, num_images_per_prompt=2, output_type="pt")
+
+    assert len(loads) == 1
+    assert len(refined) == 3  # two texts and the empty negative prompt
+
+
+def test_a_model_file_in_its_folder_finds_its_neighbours(folder: Path):
+    by_folder = L2PPipeline.from_pretrained(folder, dtype="fp32")
+    by_file = L2PPipeline.from_pretrained(folder / "model.safetensors", dtype="fp32")
+
+    assert by_file.config == by_folder.config
+    assert torch.equal(by_file.encode_prompt("a cat"), by_folder.encode_prompt("a cat"))
+    assert by_file.identity["text_encoder"] == by_folder.identity["text_encoder"]
+
+
+def test_the_prompt_cache_skips_the_encoder_and_gives_the_same_bits(folder: Path, tmp_path: Path, monkeypatch):
+    cache = tmp_path / "cache"
+    fresh = L2PPipeline.from_pretrained(folder, dtype="fp32").encode_prompt("a cat")
+    first = L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
+
+    again = L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=cache)
+    monkeypatch.setattr(again.text_encoder, "load", lambda: pytest.fail("the encoder was loaded"))
+
+    assert torch.equal(fresh, first)
+    assert torch.equal(fresh, again.encode_prompt("a cat"))
+
+
+def test_another_encoder_file_misses_the_cache(folder: Path, tmp_path: Path):
+    cache = tmp_path / "cache"
+    first = L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
+    weights = folder / "text_encoder" / "model.safetensors"
+    from safetensors.torch import load_file
+
+    changed = load_file(weights)
+    changed["model.layers.0.mlp.up_proj.weight"] *= 2
+    save_file(changed, weights)
+
+    second = L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
+
+    assert not torch.equal(first, second)
+
+
+def test_text_encoder_of_another_width_is_refused(folder: Path, tmp_path: Path):
+    model = goldens.write_checkpoint("a_mini", tmp_path)
+
+    with pytest.raises(ValueError, match="makes features of width 64, the model reads 48"):
+        L2PPipeline.from_pretrained(model, text_encoder=folder / "text_encoder", dtype="fp32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": "teapot"}, "device 'teapot' cannot be used here"),
+        ({"dtype": "int8"}, "dtype must be auto, bf16, fp16, fp32, got 'int8'"),
+        ({"dtype": torch.int8}, "dtype must be torch.bfloat16, float16 or float32"),
+    ],
+)
+def test_devices_and_dtypes_that_cannot_be_are_refused(folder: Path, options, message: str):
+    with pytest.raises(ValueError, match=message):
+        L2PPipeline.from_pretrained(folder, **options)
+
+
+def test_a_missing_model_says_how_to_get_one():
+    with pytest.raises(FileNotFoundError, match=r"Abiray/L2P: no such model file or folder; if this is a Hugging Face"):
+        L2PPipeline.from_pretrained("Abiray/L2P")
