@@ -336,7 +336,7 @@ class Reader:
         except OSError as error:
             raise OSError(error.errno, f"{what} cannot be read: {error.strerror or error}", str(piece.path)) from error
         if got < piece.target.nbytes:
-            reason = f"{what} cannot be read: the file ends at byte {piece.offset + got}; it was cut short"
+            reason = f"{what} cannot be read: only {got} bytes are there; the file was cut short"
             raise CheckpointError(piece.path, reason)
 
     def close(self) -> None:

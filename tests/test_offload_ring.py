@@ -266,7 +266,8 @@ def test_a_file_cut_short_under_way_is_reported_not_computed_on(checkpoint: Chec
     with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
         walk(ring, blocks, torch.randn(1, 64), 1)
         os.truncate(checkpoint.files[0], 5000)
-        with pytest.raises(CheckpointError, match=r"has 5000 bytes.*before reading block layers"):
+        # Noticed before a read begins or within one, as the courier happens to stand.
+        with pytest.raises(CheckpointError, match=r"has 5000 bytes.*before reading block layers|block layers.*cut short"):
             walk(ring, blocks, torch.randn(1, 64), 3)
 
 
