@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 REGULAR, SYLVESTER = "regular", "sylvester"
 
+# Of a weight in fp32, while it is dequantised: what stays in a CPU's cache; on a GPU, enough rows for full speed.
+CPU_SLICE_BYTES = 4 << 20
+DEVICE_SLICE_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -83,17 +87,20 @@ def scale_block(shape: tuple[int, ...], rows: int, columns: int) -> tuple[int, i
     raise ValueError(f"scale of shape {list(shape)} fits no rule for a weight of shape [{rows}, {columns}]")
 
 
-def expand_scale(scale: Tensor, rows: int, columns: int) -> Tensor:
-    """A scale of any accepted shape as a tensor that broadcasts against (rows, columns).
+def expand_scale(scale: Tensor, rows: int, columns: int, span: slice = slice(None)) -> Tensor:
+    """A scale of any accepted shape as a tensor that broadcasts against (rows, columns)[span].
 
     Raises ValueError for a shape that `scale_block` refuses.
     """
     block_rows, block_columns = scale_block(tuple(scale.shape), rows, columns)
     if (block_rows, block_columns) == (rows, columns):
         return scale.reshape(1, 1)
-    if block_columns == columns:
-        return scale.reshape(-1, 1).repeat_interleave(block_rows, 0)
-    return scale.repeat_interleave(block_rows, 0).repeat_interleave(block_columns, 1)
+    start, stop, _ = span.indices(rows)
+    first = start // block_rows
+    grid = scale.reshape(rows // block_rows, -1)[first : -(-stop // block_rows)]
+    if block_rows > 1:
+        grid = grid.repeat_interleave(block_rows, 0)[start - first * block_rows : stop - first * block_rows]
+    return grid if block_columns == columns else grid.repeat_interleave(block_columns, 1)
 
 
 class Linear(nn.Module):
@@ -134,18 +141,34 @@ class Linear(nn.Module):
         self.weight_scale = scale.float()
         self.rotation = rotation
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (N, K) in `dtype`; scaling and un-rotation happen in fp32."""
+    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
+        """The weight (N, K)[rows] in `dtype`; scaling and un-rotation happen in fp32.
+
+        Exact: a row has the same bits whether it is asked for alone or with others.
+        """
         if self.weight_scale is None:
-            return self.weight.to(dtype)
-        weight = self.weight.float() * expand_scale(self.weight_scale, *self.weight.shape)
+            return self.weight[rows].to(dtype)
+        weight = self.weight[rows].float() * expand_scale(self.weight_scale, *self.weight.shape, rows)
         if self.rotation is not None:
             weight = self.rotation.apply(weight)
         return weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantized(x.dtype), bias)
+        if self.weight_scale is None and self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight, bias)
+        # A few rows at a time: the weight never stands dequantised as a whole, and on a CPU the
+        # slice is still in the cache when it is multiplied.
+        result = x.new_empty(*x.shape[:-1], self.out_features)
+        for start in range(0, self.out_features, self._slice_rows(x.device)):
+            rows = slice(start, start + self._slice_rows(x.device))
+            result[..., rows] = F.linear(x, self.dequantized(x.dtype, rows), None if bias is None else bias[rows])
+        return result
+
+    def _slice_rows(self, device: torch.device) -> int:
+        """Rows that are dequantised at a time."""
+        nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
+        return max(nbytes // (4 * self.in_features) // 64, 1) * 64
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.weight.dtype}, rotation={self.rotation}"
