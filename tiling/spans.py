@@ -29,17 +29,17 @@ def spans(length: int, tile: int, *, halo: int = 0, align: int = 1) -> list[Span
     if align < 1:
         raise ValueError(f"align must be at least 1, got {align}")
     if tile < 1 or tile % align:
-        legal = _nearest(tile, align, lowest=align)
+        legal = nearest_multiples(tile, align, lowest=align)
         raise ValueError(f"tile must be a positive multiple of {align} (align), got {tile}; nearest is {legal}")
     if halo < 0 or halo % align:
-        legal = _nearest(halo, align, lowest=0)
+        legal = nearest_multiples(halo, align, lowest=0)
         raise ValueError(f"halo must be a multiple of {align} (align) from 0, got {halo}; nearest is {legal}")
     cuts = [*range(0, length, tile), length]
     return [Span(max(start - halo, 0), min(stop + halo, length), start, stop) for start, stop in pairwise(cuts)]
 
 
-def _nearest(value: int, align: int, *, lowest: int) -> str:
-    """The multiples of `align` around `value`, none under `lowest`, for a message."""
+def nearest_multiples(value: int, align: int, *, lowest: int) -> str:
+    """The multiples of `align` around `value`, none under `lowest`, in words for a message."""
     below = max(value // align * align, lowest)
     above = max(below, -(-value // align) * align)
     return str(below) if below == above else f"{below} or {above}"
