@@ -87,7 +87,7 @@ def scale_block(shape: tuple[int, ...], rows: int, columns: int) -> tuple[int, i
     raise ValueError(f"scale of shape {list(shape)} fits no rule for a weight of shape [{rows}, {columns}]")
 
 
-def expand_scale(scale: Tensor, rows: int, columns: int, span: slice = slice(None)) -> Tensor:
+def expand_scale(scale: Tensor, rows: int, columns: int, *, span: slice = slice(None)) -> Tensor:
     """A scale of any accepted shape as a tensor that broadcasts against (rows, columns)[span].
 
     Raises ValueError for a shape that `scale_block` refuses.
@@ -148,7 +148,7 @@ class Linear(nn.Module):
         """
         if self.weight_scale is None:
             return self.weight[rows].to(dtype)
-        weight = self.weight[rows].float() * expand_scale(self.weight_scale, *self.weight.shape, rows)
+        weight = self.weight[rows].float() * expand_scale(self.weight_scale, *self.weight.shape, span=rows)
         if self.rotation is not None:
             weight = self.rotation.apply(weight)
         return weight.to(dtype)

@@ -197,6 +197,18 @@ class ReadJob:
         self._left = pieces
         self._error: BaseException | None = None
         self._changed = threading.Condition()
+        self._started: float | None = None
+        self._finished = 0.0
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """When the first piece was begun and the last one done, of `time.perf_counter`; None before that."""
+        return None if self._started is None else (self._started, self._finished)
+
+    def begin_piece(self) -> None:
+        """For the reader: a piece is begun."""
+        if self._started is None:  # threads that race here are within microseconds of each other
+            self._started = time.perf_counter()
 
     @property
     def stopped(self) -> bool:
@@ -208,6 +220,7 @@ class ReadJob:
         with self._changed:
             self._left -= 1
             self._error = self._error or error
+            self._finished = time.perf_counter()
             self._changed.notify_all()
 
     def wait(self) -> None:
@@ -320,6 +333,7 @@ class Reader:
     def _finish(self, piece: _Piece) -> None:
         try:
             if not piece.job.stopped:
+                piece.job.begin_piece()
                 self._read(piece)
         except BaseException as error:  # goes to whoever waits for the job
             piece.job.finish_piece(error)

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, cycle
 from typing import Protocol
 
 from torch import Tensor
@@ -32,6 +32,7 @@ from torch import Tensor
 from offload.blocks import ALIGNMENT, Block, Extent
 from offload.devices import Cancelled, Device, Event, Stream, Wait, Worker
 from offload.residency import ResidencyPlan, SlotCycle, Tier
+from offload.timeline import Timeline
 
 STAGING_BUFFERS = 4
 # Where no staging ring says how much is read at a time.
@@ -41,6 +42,10 @@ _GARBAGE = 0xFF
 
 
 class Job(Protocol):
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """When the reading began and ended, in seconds, once `wait` has returned; None if nobody measured."""
+
     def wait(self) -> None: ...
 
     def cancel(self) -> None: ...
@@ -63,20 +68,35 @@ class Ring:
 
     Owns the device and pinned memory of `plan`, one stream and one courier until `close`. The reader is
     the caller's. For one thread at a time. `poison` fills every slot with garbage the moment it is free.
+    `once` names blocks visited before the rounds only: prefetched when the courier starts among them,
+    skipped by the rounds. `keep_cache`: what was read may stay in the page cache, whatever its tier.
+
+    timeline: when the disk read ("disk"), the caller waited for the courier ("wait") and held a block ("compute").
     """
 
     def __init__(
-        self, blocks: Sequence[Block], plan: ResidencyPlan, device: Device, reader: BlockReader, *, poison: bool = False
+        self,
+        blocks: Sequence[Block],
+        plan: ResidencyPlan,
+        device: Device,
+        reader: BlockReader,
+        *,
+        once: Collection[str] = (),
+        keep_cache: bool = False,
+        poison: bool = False,
     ) -> None:
         self.seeks = 0
-        self.waited_seconds = 0.0  # of the caller, for the courier
         self.copied_bytes = 0
+        self.visits = 0
+        self.timeline = Timeline()
+        self._keep_cache = keep_cache
         self._device = device
         self._reader = reader
         self._poison = poison
         self._copies = device.new_stream("copy")
         self._homes = _homes(blocks, plan, device)
         self._index = {home.block.name: index for index, home in enumerate(self._homes)}
+        self._rounds = [index for index, home in enumerate(self._homes) if home.block.name not in once]
         self._slots = _slots(plan, device)
         self._cycle = SlotCycle(len(self._slots)) if self._slots else None
         self._staging = _staging(plan, device)
@@ -100,15 +120,25 @@ class Ring:
         """Lend the weights of a block. Raises ValueError inside another visit and once closed, KeyError."""
         if self._closed or self._visiting is not None:
             raise ValueError(f"block {name} cannot be visited: {self._visiting or 'the ring is closed'}")
+        asked = time.perf_counter()
         visit = self._take(self._index[name])
         compute = self._device.compute_stream()
         self._await_ready(visit, compute)
         self._visiting = f"block {name} is being visited"
+        self.visits += 1
+        lent = time.perf_counter()
+        self.timeline.add("wait", name, asked, lent)
         try:
             yield visit.views.tensors
         finally:
             self._visiting = None
+            self.timeline.add("compute", name, lent, time.perf_counter())
             self._release(visit, compute)
+
+    @property
+    def waited_seconds(self) -> float:
+        """Of the caller, for the courier, as far back as the timeline goes."""
+        return sum(span.seconds for span in self.timeline.lane("wait"))
 
     def _take(self, index: int) -> _Visit:
         """The next visit, which must be to the block at `index`; seeks where the courier is elsewhere."""
@@ -118,22 +148,24 @@ class Ring:
             return home.settled
         if self._worker is None or self._next_moving() != index:
             self._seek(index)
-        started = time.perf_counter()
         try:
             self._submitted.wait(self._taken + 1)
         except BaseException:
             self._stop()
             raise
-        self.waited_seconds += time.perf_counter() - started
         self._taken += 1
         self._cursor = index + 1
         return self._handed.popleft()
 
-    def _next_moving(self) -> int:
-        """The block that the courier brings next."""
-        count = len(self._homes)
-        order = ((self._cursor + step) % count for step in range(count))
-        return next(index for index in order if self._homes[index].settled is None)
+    def _next_moving(self) -> int | None:
+        """The block that the courier brings next; None after the last, where there are no rounds."""
+        order = [*range(self._cursor, len(self._homes)), *self._rounds]
+        return next((index for index in order if self._homes[index].settled is None), None)
+
+    def _order(self, start: int) -> Iterator[int]:
+        """Indices from `start` on, round and round; blocks visited once are skipped from the first wrap on."""
+        yield from range(start, len(self._homes))
+        yield from cycle(self._rounds)
 
     def _await_ready(self, visit: _Visit, compute: Stream) -> None:
         compute.wait(visit.ready)
@@ -234,10 +266,9 @@ class Ring:
         read = {index for index, home in enumerate(self._homes) if home.image_filled}
         staging = count()
         number = 0
-        for turn in count(start):
-            if len(done) == len(self._homes):
+        for index in self._order(start):
+            if index in self._rounds and done.issuperset(self._rounds):
                 return
-            index = turn % len(self._homes)
             if index in done:
                 continue
             home = self._homes[index]
@@ -286,7 +317,7 @@ class Ring:
         if transfer.extents:
             home = self._homes[transfer.visit.index]
             buffer = transfer.target if transfer.source is None else transfer.source
-            drop = home.tier is not Tier.CACHED
+            drop = home.tier is not Tier.CACHED and not self._keep_cache
             transfer.job = self._reader.submit(home.block.name, transfer.extents, buffer, drop_cache=drop)
 
     def _await_refill(self, staging: _Staging) -> None:
@@ -296,6 +327,8 @@ class Ring:
         """Queue the copy of what was read, and hand the block over after its last part."""
         if transfer.job is not None:
             self._await_read(transfer.job)
+            if transfer.job.span is not None:
+                self.timeline.add("disk", self._homes[transfer.visit.index].block.name, *transfer.job.span)
         if transfer.first and not self._device.reads_into_device:
             yield from self._claim(transfer.visit)
         if transfer.source is not None:

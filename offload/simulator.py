@@ -21,6 +21,7 @@ from torch import Tensor
 
 from offload.blocks import Extent
 from offload.devices import Cancelled, Counter, Courier, Event, Stream, Worker
+from offload.timeline import Span
 
 # Accesses are looked up by where they lie: buffers are gigabytes, accesses some 10 MB.
 _BUCKET_BYTES = 64 << 20
@@ -32,16 +33,6 @@ class Hazard:
 
     kind: str
     message: str
-
-
-@dataclass(frozen=True)
-class Span:
-    """One piece of work on a lane ("disk", "copy", "compute"), in virtual seconds."""
-
-    lane: str
-    what: str
-    start: float
-    end: float
 
 
 class _Actor:
@@ -295,6 +286,7 @@ class SimulatedReader:
 class _SimulatedJob:
     device: SimulatedAccelerator
     end: _Point
+    span = None  # the accelerator keeps its own
 
     def wait(self) -> None:
         self.device.host.join(self.end)

@@ -267,7 +267,9 @@ def test_a_file_cut_short_under_way_is_reported_not_computed_on(checkpoint: Chec
         walk(ring, blocks, torch.randn(1, 64), 1)
         os.truncate(checkpoint.files[0], 5000)
         # Noticed before a read begins or within one, as the courier happens to stand.
-        with pytest.raises(CheckpointError, match=r"has 5000 bytes.*before reading block layers|block layers.*cut short"):
+        with pytest.raises(
+            CheckpointError, match=r"has 5000 bytes.*before reading block layers|block layers.*cut short"
+        ):
             walk(ring, blocks, torch.randn(1, 64), 3)
 
 
@@ -387,3 +389,52 @@ def test_an_accelerator_without_a_staging_ring_is_refused(blocks: list[Block]) -
 
     with pytest.raises(ValueError, match="a staging ring of 0 bytes is too small"):
         Ring(blocks, plan, device, SimulatedReader(device))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_blocks_visited_once_are_prefetched_before_the_rounds_and_skipped_by_them(
+    checkpoint: Checkpoint, blocks: list[Block], share: float
+) -> None:
+    x = torch.randn(2, 64)
+    plan = plan_for(blocks, int(whole(blocks) * share))
+    with Reader(checkpoint) as reader:
+        with Ring(blocks, plan, CpuDevice(), reader) as plain:
+            expected = walk(plain, blocks, walk(plain, blocks[2:], walk(plain, blocks, x, 1), 3), 1)
+        begun = reader.read_bytes
+        with Ring(blocks, plan, CpuDevice(), reader, once=[blocks[0].name, blocks[1].name], poison=True) as ring:
+            first = walk(ring, blocks, x, 1)
+            rounds = walk(ring, blocks[2:], first, 3)
+            seeks = ring.seeks
+            again = walk(ring, blocks, rounds, 1)  # visited anew: the courier has to come back
+
+    assert torch.equal(again, expected)
+    assert seeks == 0
+    assert share == 1.0 or reader.read_bytes > begun
+
+
+def test_blocks_that_are_all_visited_once_are_read_once(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    names = [block.name for block in blocks]
+    with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
+        expected = walk(ring, blocks, torch.ones(1, 64), 1)
+    with (
+        Reader(checkpoint) as reader,
+        Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader, once=names) as ring,
+    ):
+        found = walk(ring, blocks, torch.ones(1, 64), 1)
+
+        assert reader.read_bytes == sum(block.layout.read_bytes for block in blocks)
+        assert torch.equal(walk(ring, blocks, torch.ones(1, 64), 1), found)
+    assert torch.equal(found, expected)
+
+
+def test_the_timeline_tells_reads_waits_and_visits_of_every_block(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    plan = plan_for(blocks, whole(blocks) // 2, slots=2)
+    with Reader(checkpoint) as reader, Ring(blocks, plan, CpuDevice(), reader) as ring:
+        walk(ring, blocks, torch.randn(1, 64), 2)
+
+    visited = [block.name for block in blocks] * 2
+    assert [span.what for span in ring.timeline.lane("compute")] == visited
+    assert [span.what for span in ring.timeline.lane("wait")] == visited
+    assert {span.what for span in ring.timeline.lane("disk")} == set(visited)
+    assert all(span.start <= span.end for span in ring.timeline)
+    assert ring.visits == len(visited)
