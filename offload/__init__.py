@@ -18,10 +18,19 @@ them, on the meta device), `layers` (how many there are), `hidden` (the input) a
 
 from offload.blocks import Block, Part, SlotLayout, TensorSource
 from offload.checkpoint import Checkpoint
+from offload.cuda import CudaDevice
 from offload.devices import CpuDevice, Device
 from offload.errors import BudgetError, CheckpointError
 from offload.header import TensorInfo
 from offload.identity import FileIdentity
+from offload.memory import (
+    MemoryWatch,
+    ProcessMemory,
+    available_device_bytes,
+    available_host_bytes,
+    process_memory,
+)
+from offload.pinned import PinnedArena, default_pin_limit
 from offload.reading import IoProbe, Reader, probe_io
 from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
 from offload.ring import Ring
@@ -35,10 +44,14 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CpuDevice",
+    "CudaDevice",
     "Device",
     "FileIdentity",
     "IoProbe",
+    "MemoryWatch",
     "Part",
+    "PinnedArena",
+    "ProcessMemory",
     "Rates",
     "Reader",
     "ResidencyPlan",
@@ -47,10 +60,14 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "Tier",
+    "available_device_bytes",
+    "available_host_bytes",
+    "default_pin_limit",
     "format_bytes",
     "module_bytes",
     "parse_bytes",
     "plan_residency",
     "probe_io",
+    "process_memory",
     "tensor_bytes",
 ]

@@ -1,0 +1,199 @@
+"""The Device of CUDA cards, and of AMD's under ROCm, where torch.cuda is HIP.
+
+Written against torch.cuda rather than the generic torch.accelerator: events on which a host thread sleeps
+("blocking") do nothing there, and host memory cannot be registered through it. Other accelerators need a
+Device of their own.
+
+Order that the ring does not know of, because it begins before the ring's memory does: the caching
+allocator hands out memory in the order of the stream that allocates, so the kernels of its last user may
+still be queued on the compute stream when a buffer is ours. A copy stream, which waits for nothing by
+itself, must not write to it before those are done. A slot's `free` event, recorded when the ring is made,
+says so; blocks that stay on the device have none. Hence every `device_buffer` makes all copy streams wait
+for the compute stream. At the other end memory goes back to the compute stream's pool; the ring has
+synchronised both streams by then, so no `record_stream` is needed, which would hold memory back instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.devices import Counter, Courier, CourierThread, Event, HostCounter, Stream, Wait, Worker
+from offload.pinned import PinnedArena, cuda_registration, system_pin_limit
+from offload.sizes import format_bytes
+
+_SLOT_ALIGNMENT = 256
+# The few kernels of a copy stream, casts, decide when a block is ready; copies know no priority.
+_HIGH_PRIORITY = -1
+
+
+class CudaDevice:
+    """A card, its compute stream being the calling thread's current one.
+
+    pin_limit: the most host bytes to page-lock; None asks the system. timing: let events take the time,
+    for a report; they cost more then. Copies from memory that is not pinned work, but block the courier
+    and overlap nothing: `pageable_copies` and `pageable_bytes` count them, `fallbacks` says why.
+
+    Owns the pinned memory until `close`; device memory belongs to whoever holds the tensors.
+    runtime: what is used of torch.cuda; another one, with its own arena, only in tests.
+    Raises ValueError where there is no such card.
+    """
+
+    reads_into_device = False
+
+    def __init__(
+        self,
+        device: torch.device | str = "cuda",
+        *,
+        pin_limit: int | None = None,
+        timing: bool = False,
+        arena: PinnedArena | None = None,
+        runtime: Any = None,
+    ) -> None:
+        device = torch.device(device)
+        if runtime is None:
+            _require(device)
+            runtime = torch.cuda
+        index = runtime.current_device() if device.index is None else device.index
+        self.device = torch.device(device.type, index)
+        self.pageable_copies = 0
+        self.pageable_bytes = 0
+        self._runtime = runtime
+        self._timing = timing
+        self._arena = arena or PinnedArena(
+            cuda_registration(self.device), limit=system_pin_limit() if pin_limit is None else pin_limit
+        )
+        self._copy_streams: weakref.WeakSet[_CudaStream] = weakref.WeakSet()
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host bytes that are page-locked now."""
+        return self._arena.pinned_bytes
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Why copies are slower than they could be, in words; empty in the good case."""
+        reasons = list(self._arena.fallbacks)
+        if self.pageable_copies:
+            copies = f"{self.pageable_copies} copies ({format_bytes(self.pageable_bytes)})"
+            reasons.append(f"{copies} came from pageable memory and blocked the courier")
+        return reasons
+
+    def compute_stream(self) -> Stream:
+        return _CudaStream(self, self._runtime, self._runtime.current_stream(self.device))
+
+    def new_stream(self, name: str) -> Stream:
+        """A stream for copies; the card has 32, which torch hands out in turn, so ask once and keep it."""
+        stream = _CudaStream(self, self._runtime, self._runtime.Stream(device=self.device, priority=_HIGH_PRIORITY))
+        self._copy_streams.add(stream)
+        self._order_after_compute(stream)
+        return stream
+
+    def new_event(self) -> Event:
+        # Blocking: the courier sleeps while it waits for a copy, where spinning would take a core from the reads.
+        event: Event = self._runtime.Event(enable_timing=self._timing, blocking=True)
+        return event
+
+    def new_counter(self) -> Counter:
+        return HostCounter()
+
+    def device_buffer(self, nbytes: int) -> Tensor:
+        # A tensor made in inference mode could not be written to by the courier, which is not in it.
+        with torch.inference_mode(False):
+            buffer = self._allocate(nbytes)
+        for stream in self._copy_streams:
+            self._order_after_compute(stream)
+        return buffer
+
+    def pinned_buffer(self, nbytes: int) -> Tensor:
+        return self._arena.buffer(nbytes)
+
+    def start(self, courier: Courier) -> Worker:
+        return CourierThread(self._on_this_device(courier))
+
+    def close(self) -> None:
+        """Give the pinned memory back. Every ring on this device must be closed before. May be called twice."""
+        self._arena.close()
+
+    def transfers(self, target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(target, source) pairs that make up one copy, cut where pinned memory ends; counts pageable ones."""
+        runs = self._arena.runs(source) if source.device.type == "cpu" else None
+        if runs is None:
+            if source.device.type == "cpu" and self.device.type != "cpu" and not source.is_pinned():
+                self._count_pageable(source.nbytes)
+            yield target, source
+            return
+        self._count_pageable(*(run.nbytes for run in runs if not run.is_pinned))
+        if len(runs) == 1:
+            yield target, source
+            return
+        assert source.dtype == target.dtype == torch.uint8, "only bytes cross the link"
+        for run in runs:
+            window = slice(run.offset, run.offset + run.nbytes)
+            yield target[window], source[window]
+
+    def _count_pageable(self, *sizes: int) -> None:
+        self.pageable_copies += len(sizes)
+        self.pageable_bytes += sum(sizes)
+
+    def _allocate(self, nbytes: int) -> Tensor:
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        if buffer.data_ptr() % _SLOT_ALIGNMENT == 0:
+            return buffer
+        # torch's own allocator aligns to 512; others that can be plugged in promise nothing.
+        buffer = torch.empty(nbytes + _SLOT_ALIGNMENT, dtype=torch.uint8, device=self.device)
+        skip = -buffer.data_ptr() % _SLOT_ALIGNMENT
+        return buffer[skip : skip + nbytes]
+
+    def _order_after_compute(self, stream: _CudaStream) -> None:
+        event = self.new_event()
+        self.compute_stream().record(event)
+        stream.wait(event)
+
+    def _on_this_device(self, courier: Courier) -> Iterator[Wait]:
+        """Threads begin on device 0, where the first call that names no device would set up a context."""
+        # If this fails so will the first copy, and there the courier can tell its caller.
+        with contextlib.suppress(RuntimeError):
+            self._runtime.set_device(self.device)
+        yield from courier
+
+
+class _CudaStream:
+    """A torch.cuda.Stream. Copies and fills run with it as the current one; nothing waits but `synchronize`."""
+
+    def __init__(self, device: CudaDevice, runtime: Any, stream: Any) -> None:
+        self._device = device
+        self._runtime = runtime
+        self._stream = stream
+
+    def record(self, event: Event) -> None:
+        self._stream.record_event(event)
+
+    def wait(self, event: Event) -> None:
+        self._stream.wait_event(event)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        # Within the device a cast or an expanded source is one kernel, without temporaries to be given back.
+        with self._runtime.stream(self._stream):
+            for into, part in self._device.transfers(target, source):
+                into.copy_(part, non_blocking=True)
+
+    def fill(self, target: Tensor, value: int) -> None:
+        with self._runtime.stream(self._stream):
+            target.fill_(value)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+def _require(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"a CudaDevice must be of type cuda, got {device}; use CpuDevice for the processor")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count <= (device.index or 0):
+        raise ValueError(f"there is no device {device} here, only {count} of type cuda; use cpu")
