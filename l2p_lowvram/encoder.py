@@ -1,22 +1,18 @@
-"""Text encoders on disk: Hugging Face folders and single files, opened lazily, let go after use.
+"""Text encoders on disk: Hugging Face folders and single files, found out from their headers.
 
 The same rules as for the model: hostile until checked, weights kept as stored. Only the layers that
-make the features are looked at; the last layer, the final norm and `lm_head` may be there or not.
+make the features are used; the last layer, the final norm and `lm_head` may be there or not.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from offload import Checkpoint, CheckpointError, TensorInfo, TensorSource
 from offload.header import parse_json_object, shown
@@ -28,9 +24,9 @@ from .markers import LayerMarker, read_marker, read_metadata_markers
 from .naming import IGNORED_ENTRIES, IGNORED_SIDECARS, MARKER, SCALE, SCALE_SPELLINGS, refused_sidecar
 from .sources import LinearQuantization, linear_quantization, total_bytes, weight_source
 from .text import TextEncoder
-from .weights import bind, read_source
 
 CONFIG_FILE = "config.json"
+FINAL_NORM = "norm.weight"
 _MAX_CONFIG_BYTES = 1 << 20
 _ROOT = "embed_tokens.weight"
 _LAYER = re.compile(r"layers\.(\d{1,4})\.")
@@ -40,7 +36,8 @@ _UNUSED = re.compile(r"(^|\.)(lm_head\.|score\.)|^norm\.(weight|bias)$|rotary_em
 
 @dataclass(frozen=True)
 class EncoderLayout:
-    """sources: parameters and scales of TextEncoder(config) by name. quantized: linear layers with a scale."""
+    """sources: parameters and scales of TextEncoder(config) by name; of a whole encoder, also the last layer and
+    the final norm, where the file has them. quantized: linear layers with a scale."""
 
     path: Path
     config: TextEncoderConfig
@@ -66,19 +63,21 @@ class EncoderLayout:
         return {name: total_bytes(sources) for name, sources in self.blocks.items()}
 
 
-def read_encoder_layout(checkpoint: Checkpoint) -> EncoderLayout:
+def read_encoder_layout(checkpoint: Checkpoint, *, whole: bool = False) -> EncoderLayout:
     """Find a Qwen3-shaped encoder in an open checkpoint; `config.json` beside it is used where it exists.
 
+    whole: also what the features do not need, for whoever rewrites the file.
     Raises CheckpointError naming the tensor and the reason for anything else.
     """
     path = checkpoint.files[0]
     tensors, markers = _collect(checkpoint, path)
     config = _read_config(path, tensors)
+    used = _with_last_layer(config, tensors) if whole else config
     with torch.device("meta"):
-        model = TextEncoder(config)
+        model = TextEncoder(used)
     linears = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _require_exact(path, tensors, expected, config.num_hidden_layers)
+    _require_exact(path, tensors, expected, used.num_hidden_layers)
     sources: dict[str, TensorSource] = {}
     quantized: dict[str, LinearQuantization] = {}
     for name, shape in expected.items():
@@ -89,7 +88,22 @@ def read_encoder_layout(checkpoint: Checkpoint) -> EncoderLayout:
             scale = tensors.get(f"{module}.{SCALE}")
             if (entry := linear_quantization(module, sources[name], [scale], marker)) is not None:
                 sources[entry[0].name], quantized[module] = entry
+    if whole and (norm := _final_norm(checkpoint)) is not None:
+        sources[FINAL_NORM] = weight_source(FINAL_NORM, (config.hidden_size,), [norm], may_be_int8=False)
     return EncoderLayout(path, config, sources, quantized)
+
+
+def _with_last_layer(config: TextEncoderConfig, tensors: Mapping[str, TensorInfo]) -> TextEncoderConfig:
+    """A configuration whose features need every layer the file has."""
+    last = f"layers.{config.num_hidden_layers - 1}."
+    if not any(name.startswith(last) for name in tensors):
+        return config
+    return replace(config, num_hidden_layers=config.num_hidden_layers + 1)
+
+
+def _final_norm(checkpoint: Checkpoint) -> TensorInfo | None:
+    root = next(name for name in checkpoint.tensors if name.endswith(_ROOT))
+    return checkpoint.tensors.get(root.removesuffix(_ROOT) + FINAL_NORM)
 
 
 def _collect(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, TensorInfo], dict[str, LayerMarker]]:
@@ -186,6 +200,12 @@ def _config_from_json(path: Path, values: Mapping[str, Any], shapes: dict[str, A
         raise CheckpointError(path, str(error)) from None
 
 
+def config_json(config: TextEncoderConfig) -> str:
+    """The text of a `config.json` as transformers writes it, as far as the weights and this reader know it."""
+    values = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu"}
+    return json.dumps({**values, "attention_bias": False, **asdict(config)}, indent=2) + "\n"
+
+
 def _require_exact(
     path: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], layers: int
 ) -> None:
@@ -200,72 +220,3 @@ def _require_exact(
     if left:
         reason = f"has {len(left)} tensors that no Qwen3 text encoder has, first is {shown(left[0])}"
         raise CheckpointError(path, reason)
-
-
-class LazyTextEncoder:
-    """A text encoder that holds its weights only while it works.
-
-    Calling it loads, runs and lets go; calls inside `shared()` load once.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, device: torch.device, dtype: torch.dtype) -> None:
-        """Reads headers only. Raises CheckpointError."""
-        self.path = Path(path)
-        self.device, self.dtype = device, dtype
-        with Checkpoint.open(self.path) as checkpoint:
-            self.layout = read_encoder_layout(checkpoint)
-            self.files = checkpoint.files
-        self._model: TextEncoder | None = None
-        self._shared = False
-
-    @property
-    def config(self) -> TextEncoderConfig:
-        return self.layout.config
-
-    def identity(self) -> str:
-        """Changes whenever the files do: names, sizes, times and the beginning of each."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for file in self.files:
-            stat = file.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-            with file.open("rb") as handle:
-                digest.update(handle.read(1 << 20))
-        return digest.hexdigest()
-
-    def load(self) -> TextEncoder:
-        """The module on `device`, weights as stored (on the CPU, views of the mapped files)."""
-        with Checkpoint.open(self.path) as checkpoint:
-            layout = read_encoder_layout(checkpoint)
-            with torch.device("meta"):
-                model = TextEncoder(layout.config)
-            for source in layout.sources.values():
-                bind(model, source.name, read_source(checkpoint, source).to(self.device))
-        for name, quantization in layout.quantized.items():
-            linear = model.get_submodule(name)
-            assert isinstance(linear, Linear)
-            linear.rotation = quantization.rotation
-        return model.requires_grad_(False).eval()
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Calls inside the block share one load, made by the first of them; the weights go with the block."""
-        outermost, self._shared = not self._shared, True
-        try:
-            yield
-        finally:
-            if outermost:
-                self._shared, self._model = False, None
-
-    @torch.inference_mode()
-    def __call__(self, input_ids: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """input_ids (B, L), unpadded -> hidden states before the last layer (B, L, hidden)."""
-        with self.shared():
-            self._model = model = self._model or self.load()
-            x, cos, sin = model.prelude(input_ids.to(self.device), self.dtype)
-            blocks = model.blocks()
-            for done, block in enumerate(blocks, 1):
-                x = block.visit(x, cos, sin)
-                if progress is not None:
-                    progress(done, len(blocks))
-        with torch.inference_mode(False):
-            return x.clone()

@@ -193,12 +193,12 @@ def _encode(run: Run, settings: metadata.RunSettings) -> tuple[Tensor, Tensor | 
     if run.pipe.text_encoder is None:
         raise InputError(f"{run.order.model}: has no text encoder; name one with --text-encoder and --tokenizer")
     started = time.perf_counter()
-    with user_input(), run.pipe.text_encoder.shared():
-        positive = run.pipe.encode_prompt(settings.prompt)
-        negative = run.pipe.encode_prompt(settings.negative_prompt) if settings.cfg_scale != 1 else None
+    guided = settings.cfg_scale != 1
+    with user_input():
+        found = run.pipe.encode_prompts([settings.prompt, settings.negative_prompt] if guided else [settings.prompt])
     run.add_seconds("text encoder", time.perf_counter() - started)
     run.warn_of_new(run.pipe.warnings)
-    return positive, negative
+    return found[0], found[1] if guided else None
 
 
 def _draw(

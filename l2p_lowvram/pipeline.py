@@ -1,7 +1,7 @@
 """L2PPipeline: prompt -> features -> denoised pixels -> pictures.
 
-Composes the plain modules: encodes (and lets go of the text encoder), refines
-the captions once, then walks the blocks once per step with every branch.
+Composes the plain modules and the weights that stream to them: encodes (and lets go of the text encoder),
+refines the captions once, then walks the blocks once per step with every branch.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,26 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from offload import parse_bytes
+
 from . import images, sampling
 from .config import IMAGE_CHANNELS, ModelConfig
 from .devices import choose_device, choose_dtype, full_fp32
-from .encoder import LazyTextEncoder
 from .errors import NonFiniteError
-from .model import Caption, L2PTransformer
+from .model import Caption, L2PTransformer, padded_length
+from .model_weights import (
+    CAPTION_EMBEDDER,
+    IMAGE_EMBEDDER,
+    LOCAL_DECODER,
+    PictureWork,
+    ResidentWeights,
+    TransformerWeights,
+)
 from .prompt_cache import PromptCache
 from .prompts import PromptEncoder
 from .repository import ModelFiles, header_sha256, locate_model
+from .streamed_encoder import StreamedTextEncoder
+from .streaming import MemoryOptions, Streamer
 
 StepCallback = Callable[["L2PPipeline", int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
 ProgressCallback = Callable[[str, int, int], None]
@@ -65,8 +76,12 @@ class _Job:
 
 
 class L2PPipeline:
-    """A loaded model and what it needs to turn prompts into pictures.
+    """A model and what it needs to turn prompts into pictures. A context manager.
 
+    Holds weights, files and threads between calls, so that the next one need not begin from the disk;
+    `close` gives them back (so does the garbage collector), and a call after it takes them anew.
+
+    weights: None where `transformer` has its own.
     on_progress, if set, is called with (phase, done, total): "text encoder"
     counts encoder layers, "denoise" the blocks within the current step.
     """
@@ -75,7 +90,9 @@ class L2PPipeline:
         self,
         transformer: L2PTransformer,
         *,
-        text_encoder: LazyTextEncoder | None = None,
+        weights: TransformerWeights | None = None,
+        streamer: Streamer | None = None,
+        text_encoder: StreamedTextEncoder | None = None,
         prompt_encoder: PromptEncoder | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -84,8 +101,12 @@ class L2PPipeline:
         warnings: Sequence[str] = (),
     ) -> None:
         self.transformer = transformer
+        self.weights = ResidentWeights() if weights is None else weights
         self.text_encoder = text_encoder
         self.device = torch.device(device)
+        self.streamer = Streamer(self.device) if streamer is None else streamer
+        self._finalizer = weakref.finalize(self, _close, self.weights, self.streamer)
+        self._refined: list[tuple[Tensor, Caption]] = []
         self.dtype = dtype
         self.bf16_timestep = bf16_timestep
         self.identity = identity or {}
@@ -103,10 +124,15 @@ class L2PPipeline:
         tokenizer: str | os.PathLike[str] | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | None = None,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
+        pin: int | str | None = None,
+        io: str = "auto",
+        slots: int | None = None,
         prompt_cache: bool | str | os.PathLike[str] | None = None,
         bf16_timestep: bool = False,
     ) -> L2PPipeline:
-        """Open a model; weights stay in the file until they are used.
+        """Open a model; weights stay in the file until they are used, and stream from it then.
 
         model: a .safetensors file, a sharded set's index, a folder
             (model.safetensors + optional l2p.json, text_encoder/, tokenizer/), or "demo".
@@ -114,15 +140,23 @@ class L2PPipeline:
             Without a text encoder the pipeline runs from `prompt_embeds` alone.
         device: "auto" takes CUDA where there is one. dtype: torch dtype, "bf16",
             "fp16", "fp32", or None for bf16 where the device computes it natively, else fp32.
+        vram, ram, pin: budgets in bytes or as text ("6GiB"), by default from what is free. vram bounds device
+            memory: weights, activations and the device's own share. ram bounds host memory: pinned,
+            anonymous, and what is kept cached; on the CPU it bounds everything, and vram is refused.
+            pin bounds what is page-locked. The same seed gives the same bits under every budget.
+        io: how weights are read: "read", "direct" (past the page cache), "mmap", or "auto", by a short probe.
+        slots: blocks that the ring holds, at least 2; by default 2, or 3 where they come from the disk.
         prompt_cache: keep prompt features on disk: True for the user's cache folder, or a folder.
         bf16_timestep: round the timestep as the original pipeline does (for comparisons only).
 
-        Raises CheckpointError for a file that is refused, ValueError or FileNotFoundError otherwise.
+        Raises CheckpointError for a file that is refused, ValueError or FileNotFoundError otherwise. A
+        budget that is too small for a picture is found out by the call that makes it (BudgetError).
         """
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
+        memory = MemoryOptions(_bytes(vram, "vram"), _bytes(ram, "ram"), _bytes(pin, "pin"), io, slots)
         files = locate_model(model, text_encoder=text_encoder, tokenizer=tokenizer)
-        return cls.from_files(files, place, kind, prompt_cache=prompt_cache, bf16_timestep=bf16_timestep)
+        return cls.from_files(files, place, kind, memory=memory, prompt_cache=prompt_cache, bf16_timestep=bf16_timestep)
 
     @classmethod
     def from_files(
@@ -131,34 +165,47 @@ class L2PPipeline:
         device: torch.device,
         dtype: torch.dtype,
         *,
+        memory: MemoryOptions | None = None,
         prompt_cache: bool | str | os.PathLike[str] | None = None,
         bf16_timestep: bool = False,
     ) -> L2PPipeline:
         """`from_pretrained` once it is known which files make up the model."""
-        # All that can be refused from headers comes before weights go to a device.
-        encoder = files.text_encoder(device, dtype)
+        streamer = Streamer(device, MemoryOptions() if memory is None else memory)
+        encoder = files.text_encoder(streamer, dtype)
         tokenizer = files.tokenizer() if encoder is not None else None
         if encoder is not None:
             files.check_width(encoder.config.hidden_size)
-        loaded = files.load_transformer(device)
+        opened = files.open_transformer(streamer)
         cache = None
         if prompt_cache is not None and prompt_cache is not False:
             cache = PromptCache(None if prompt_cache is True else Path(prompt_cache))
-        identity, prompts = dict(loaded.identity), None
+        identity, prompts = dict(opened.identity), None
         if encoder is not None and tokenizer is not None:
             prompts = PromptEncoder(encoder, tokenizer, cache)
             identity["text_encoder"] = {"file": encoder.path.name, "header_sha256": header_sha256(encoder.files)}
             identity["tokenizer_sha256"] = tokenizer.identity
         return cls(
-            loaded.transformer,
+            opened.transformer,
+            weights=opened.weights,
+            streamer=streamer,
             text_encoder=encoder,
             prompt_encoder=prompts,
             device=device,
             dtype=dtype,
             bf16_timestep=bf16_timestep,
             identity=identity,
-            warnings=loaded.warnings,
+            warnings=opened.warnings,
         )
+
+    def close(self) -> None:
+        """Give back weights, files and threads. May be called twice; the next call takes them anew."""
+        _close(self.weights, self.streamer)
+
+    def __enter__(self) -> L2PPipeline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def config(self) -> ModelConfig:
@@ -174,21 +221,25 @@ class L2PPipeline:
         """Stop after the current step (from a callback or another thread)."""
         self._interrupted = True
 
-    @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
         """prompt -> features (tokens, width) in the pipeline's dtype, on its device.
 
         The text encoder's memory is given back before this returns. Raises
         ValueError without a text encoder, NonFiniteError if it overflows.
         """
+        return self.encode_prompts([prompt])[0]
+
+    @torch.inference_mode()
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
+        """`encode_prompt` of several prompts, for which the encoder's weights are read once."""
         if self._prompts is None:
             raise ValueError(
                 "this model has no text encoder; give text_encoder= and tokenizer=, or run from prompt_embeds"
             )
-        features = self._prompts(prompt, self._report("text encoder"))
-        if not features.isfinite().all():
+        found = self._prompts(prompts, self._report("text encoder"))
+        if not all(bool(features.isfinite().all()) for features in found):
             raise NonFiniteError("text encoder", hint="try dtype fp32")
-        return outside_inference_mode(features.to(self.device, self.dtype))
+        return [outside_inference_mode(features.to(self.device, self.dtype)) for features in found]
 
     @torch.inference_mode()
     def __call__(
@@ -259,6 +310,9 @@ class L2PPipeline:
         started = time.perf_counter()
         features = self._features([*prompts, *(negatives or [])])
         encoded = time.perf_counter()
+        branches = batch * (1 if negatives is None else 2)
+        longest = max(padded_length(item.shape[0]) for item in features)
+        self.weights.open(PictureWork(width, height, branches, longest, self.dtype))
         captions = self._captions(features)
         job = _Job(
             pixels.to(self.device),
@@ -318,20 +372,22 @@ class L2PPipeline:
     ) -> list[Tensor]:
         """One forward of every (pixels, caption) branch, block by block."""
         t = sampling.model_time(sigma.reshape(1), bf16=self.bf16_timestep)
-        states = [self.transformer.prelude(pixels, t, caption) for pixels, caption in branches]
-        blocks = self.transformer.blocks()
+        visit, model = self.weights.visit, self.transformer
+        with visit(IMAGE_EMBEDDER):
+            states = [model.prelude(pixels, t, caption) for pixels, caption in branches]
+        blocks = model.blocks()
         report = self._report("denoise")
         report(0, len(blocks))
         for done, block in enumerate(blocks, 1):
-            states = [block.visit(state) for state in states]
+            with visit(block.name):
+                states = [block.visit(state) for state in states]
             report(done, len(blocks))
-        velocities = []
-        for (pixels, _), state in zip(branches, states, strict=True):
-            velocity = self.transformer.epilogue(state, pixels)
+        with visit(LOCAL_DECODER):
+            velocities = [model.epilogue(state, pixels) for (pixels, _), state in zip(branches, states, strict=True)]
+        for velocity, state in zip(velocities, states, strict=True):
             if not velocity.isfinite().all():
                 phase = "local decoder" if state.tokens.isfinite().all() else "transformer"
                 raise NonFiniteError(phase, *step, hint="" if self.dtype == torch.float32 else "try dtype fp32")
-            velocities.append(velocity)
         return velocities
 
     def _report(self, phase: str) -> Callable[[int, int], None]:
@@ -404,19 +460,13 @@ class L2PPipeline:
         return picture.float()
 
     def _features(self, items: Sequence[str | Tensor]) -> list[Tensor]:
-        """Features (tokens, width) of every prompt: each text encoded once, given tensors moved once.
-
-        The text encoder's weights stay for all of them and are gone afterwards.
-        """
-        known: dict[str | int, Tensor] = {}
-        keep = nullcontext() if self.text_encoder is None else self.text_encoder.shared()
-        with keep:
-            for item in items:
-                if isinstance(item, Tensor):
-                    _require_finite(item, "prompt_embeds")
-                    known.setdefault(id(item), item.to(self.device, self.dtype))
-                elif item not in known:
-                    known[item] = self.encode_prompt(item)
+        """Features (tokens, width) of every prompt: all texts encoded together, given tensors moved once."""
+        texts = list(dict.fromkeys(item for item in items if isinstance(item, str)))
+        known: dict[str | int, Tensor] = dict(zip(texts, self.encode_prompts(texts), strict=True)) if texts else {}
+        for item in items:
+            if isinstance(item, Tensor):
+                _require_finite(item, "prompt_embeds")
+                known.setdefault(id(item), item.to(self.device, self.dtype))
         return [known[id(item) if isinstance(item, Tensor) else item] for item in items]
 
     def _cfg_scale(self, value: float | None, negative: Embeds | None) -> float:
@@ -434,12 +484,46 @@ class L2PPipeline:
         return float(value)
 
     def _captions(self, features: Sequence[Tensor]) -> list[Caption]:
-        """Each distinct feature tensor through the context refiner, once."""
-        refined: dict[int, Caption] = {}
-        for item in features:
-            if id(item) not in refined:
-                refined[id(item)] = self.transformer.encode_caption(item, self.dtype)
-        return [refined[id(item)] for item in features]
+        """Each distinct feature tensor through the context refiner, once, all in one visit per block.
+
+        Those of the call before are kept: pictures of one prompt made one by one refine it once.
+        """
+        distinct = list({id(item): item for item in features}.values())
+        new = [item for item in distinct if self._refined_before(item) is None]
+        if new:
+            captions = self._refine(new)
+            kept = [entry for entry in self._refined if any(torch.equal(entry[0], item) for item in distinct)]
+            # Clones: the caller may write into the tensors between two calls.
+            self._refined = kept + [(item.clone(), caption) for item, caption in zip(new, captions, strict=True)]
+        found = {id(item): self._refined_before(item) for item in distinct}
+        return [caption for item in features if (caption := found[id(item)]) is not None]
+
+    def _refined_before(self, features: Tensor) -> Caption | None:
+        same = (caption for known, caption in self._refined if torch.equal(known, features))
+        return next(same, None)
+
+    def _refine(self, features: Sequence[Tensor]) -> list[Caption]:
+        model, visit = self.transformer, self.weights.visit
+        with visit(CAPTION_EMBEDDER):
+            captions = [model.embed_caption(item, self.dtype) for item in features]
+        for index, block in enumerate(model.context_refiner):
+            with visit(f"context_refiner.{index}"):
+                captions = [replace(caption, tokens=block(caption.tokens, caption.rope, None)) for caption in captions]
+        return captions
+
+
+def _close(weights: TransformerWeights, streamer: Streamer) -> None:
+    weights.close()
+    streamer.close()
+
+
+def _bytes(size: int | str | None, name: str) -> int | None:
+    if size is None:
+        return None
+    try:
+        return parse_bytes(size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _repeat(captions: Sequence[Caption], count: int) -> list[Caption]:

@@ -1,14 +1,14 @@
-"""A prompt's features, from the cache or from the text encoder."""
+"""Prompts' features, from the cache or from the text encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .encoder import LazyTextEncoder
 from .prompt_cache import PromptCache
+from .streamed_encoder import StreamedTextEncoder
 from .text import PromptTokenizer, render_prompt
 
 
@@ -19,24 +19,40 @@ class PromptEncoder:
     and the kind of device, so a hit gives the bits that encoding would have given.
     """
 
-    def __init__(self, encoder: LazyTextEncoder, tokenizer: PromptTokenizer, cache: PromptCache | None = None) -> None:
+    def __init__(
+        self, encoder: StreamedTextEncoder, tokenizer: PromptTokenizer, cache: PromptCache | None = None
+    ) -> None:
         self.encoder, self.tokenizer, self.cache = encoder, tokenizer, cache
 
-    def __call__(self, prompt: str, progress: Callable[[int, int], None] | None = None) -> Tensor:
-        """prompt -> (tokens, width) on the encoder's device, in its dtype."""
+    def __call__(self, prompts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> list[Tensor]:
+        """Prompts -> (tokens, width) each, on the encoder's device, in its dtype.
+
+        Those not in the cache go through the encoder together: its weights are read once.
+        """
+        keys = {prompt: self._key(prompt) for prompt in prompts}
+        known = {prompt: found for prompt, key in keys.items() if (found := self._cached(key)) is not None}
+        missing = [prompt for prompt in keys if prompt not in known]
+        if missing:
+            ids = [torch.tensor([self.tokenizer(prompt)]) for prompt in missing]
+            for prompt, features in zip(missing, self.encoder.encode(ids, progress), strict=True):
+                known[prompt] = features[0]
+                key = keys[prompt]
+                if self.cache is not None and key is not None:
+                    self.cache.put(key, features[0].cpu())
+        return [known[prompt].to(self.encoder.device, self.encoder.dtype) for prompt in prompts]
+
+    def _key(self, prompt: str) -> str | None:
         if self.cache is None:
-            return self._encode(prompt, progress)
-        key = self.cache.key(
+            return None
+        return self.cache.key(
             f"{self.encoder.identity()} {self.tokenizer.identity}",
             render_prompt(prompt),
             self.encoder.dtype,
             self.encoder.device.type,
         )
-        features = self.cache.get(key)
-        if features is None or features.dim() != 2 or features.shape[1] != self.encoder.config.hidden_size:
-            features = self._encode(prompt, progress)
-            self.cache.put(key, features.cpu())
-        return features.to(self.encoder.device, self.encoder.dtype)
 
-    def _encode(self, prompt: str, progress: Callable[[int, int], None] | None) -> Tensor:
-        return self.encoder(torch.tensor([self.tokenizer(prompt)]), progress)[0]
+    def _cached(self, key: str | None) -> Tensor | None:
+        features = None if self.cache is None or key is None else self.cache.get(key)
+        if features is None or features.dim() != 2 or features.shape[1] != self.encoder.config.hidden_size:
+            return None
+        return features

@@ -18,11 +18,13 @@ import torch
 
 from offload import Checkpoint, CheckpointError
 
-from .encoder import LazyTextEncoder
 from .layout import read_layout
 from .model import L2PTransformer
+from .model_weights import StreamedWeights
+from .streamed_encoder import StreamedTextEncoder
+from .streaming import Streamer
 from .text import PromptTokenizer
-from .weights import load_transformer
+from .weights import build_transformer, check_scales
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "assets"
@@ -32,8 +34,11 @@ PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class LoadedTransformer:
+class OpenedTransformer:
+    """A model without weights, and what lends them to it."""
+
     transformer: L2PTransformer
+    weights: StreamedWeights
     identity: dict[str, object]
     warnings: tuple[str, ...]
 
@@ -46,18 +51,24 @@ class ModelFiles:
     text_encoder_path: Path | None = None
     tokenizer_path: Path | None = None
 
-    def load_transformer(self, device: torch.device) -> LoadedTransformer:
-        """Raises CheckpointError."""
-        with Checkpoint.open(self.weights) as checkpoint:
+    def open_transformer(self, streamer: Streamer) -> OpenedTransformer:
+        """Check the file and get ready to stream it; reads its header and its scales. Raises CheckpointError."""
+        checkpoint = Checkpoint.open(self.weights)
+        try:
             layout = read_layout(checkpoint)
+            check_scales(checkpoint, layout.sources.values())
             identity: dict[str, object] = {
                 "file": DEMO if self.weights == DEMO_FOLDER else self.weights.name,
                 "bytes": sum(file.stat().st_size for file in checkpoint.files),
                 "header_sha256": header_sha256(checkpoint.files),
                 "family": layout.family,
             }
-            transformer = load_transformer(checkpoint, layout, device=device)
-        return LoadedTransformer(transformer, identity, layout.warnings)
+        except BaseException:
+            checkpoint.close()
+            raise
+        transformer = build_transformer(layout)
+        weights = StreamedWeights(transformer, layout, checkpoint, streamer)
+        return OpenedTransformer(transformer, weights, identity, layout.warnings)
 
     def check_width(self, features: int) -> None:
         """Raise ValueError unless the model reads text features of that width (headers only)."""
@@ -69,11 +80,11 @@ class ModelFiles:
                 f"the model reads {width}; they do not belong together"
             )
 
-    def text_encoder(self, device: torch.device, dtype: torch.dtype) -> LazyTextEncoder | None:
+    def text_encoder(self, streamer: Streamer, dtype: torch.dtype) -> StreamedTextEncoder | None:
         """Raises CheckpointError."""
         if self.text_encoder_path is None:
             return None
-        return LazyTextEncoder(self.text_encoder_path, device=device, dtype=dtype)
+        return StreamedTextEncoder(self.text_encoder_path, device=streamer.device, dtype=dtype, streamer=streamer)
 
     def tokenizer(self) -> PromptTokenizer:
         """Raises ValueError."""

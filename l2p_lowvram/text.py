@@ -172,11 +172,8 @@ class TextEncoder(nn.Module):
     def blocks(self) -> list[EncoderBlock]:
         return [EncoderBlock(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]  # type: ignore[arg-type]
 
-    def prelude(self, input_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """input_ids (B, L) -> embedded tokens (B, L, hidden), RoPE cosines and sines.
-
-        Raises ValueError for ids outside the vocabulary.
-        """
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raise ValueError unless input_ids is (B, L) of tokens that the vocabulary has."""
         if input_ids.dim() != 2 or input_ids.shape[1] < 1:
             raise ValueError(f"input_ids must have shape (batch, tokens), got {list(input_ids.shape)}")
         low, high = int(input_ids.min()), int(input_ids.max())
@@ -185,11 +182,18 @@ class TextEncoder(nn.Module):
                 f"token id {high if low >= 0 else low} is outside the encoder's vocabulary of "
                 f"{self.config.vocab_size}; does the tokenizer belong to this text encoder?"
             )
+
+    def prelude(self, input_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """input_ids (B, L) -> embedded tokens (B, L, hidden), RoPE cosines and sines.
+
+        Ids are rows of the embedding at hand; `check_ids` says whether they are tokens.
+        """
         cos, sin = rope_cos_sin(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, input_ids.device)
         return self.embed_tokens(input_ids, dtype), cos, sin
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """input_ids (B, L), unpadded -> (B, L, hidden): the features of every token."""
+        self.check_ids(input_ids)
         x, cos, sin = self.prelude(input_ids, dtype)
         for block in self.blocks():
             x = block.visit(x, cos, sin)

@@ -1,67 +1,66 @@
-"""From file tensors to a model: every parameter bound as the file stores it."""
+"""From file tensors to modules: parameters bound for good, or lent for the length of one visit."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from offload import Checkpoint, CheckpointError, TensorSource
 from offload.header import shown
+from offload.mapped import read_source
 
 from .layout import ModelLayout
 from .linear import Linear
 from .model import L2PTransformer
 from .naming import SCALE
+from .sources import LinearQuantization
+
+
+def build_transformer(layout: ModelLayout) -> L2PTransformer:
+    """The model on the meta device: it knows how its weights are stored, and has none."""
+    with torch.device("meta"):
+        model = L2PTransformer(layout.config)
+    mark_quantized(model, layout.quantized)
+    return model.requires_grad_(False).eval()
+
+
+def mark_quantized(model: nn.Module, quantized: Mapping[str, LinearQuantization]) -> None:
+    """Tell the linear layers how their weights are rotated and what the file asks of their arithmetic."""
+    for name, quantization in quantized.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, Linear)
+        linear.rotation = quantization.rotation
+        linear.full_precision_matmul = quantization.full_precision_matmul
 
 
 def load_transformer(
     checkpoint: Checkpoint, layout: ModelLayout, *, device: torch.device | str = "cpu"
 ) -> L2PTransformer:
-    """The model with its weights in their stored dtypes on `device`.
+    """The model with all its weights, in their stored dtypes, on `device`: the plain way, without a budget.
 
     On the CPU, parameters are read-only views of the mapped file, which pages in on first use; only a
     qkv that the file keeps split is copied. They stay valid after the checkpoint is closed.
     Raises CheckpointError for scales that are not finite.
     """
-    with torch.device("meta"):
-        model = L2PTransformer(layout.config)
+    check_scales(checkpoint, layout.sources.values())
+    model = build_transformer(layout)
     for source in layout.sources.values():
         bind(model, source.name, read_source(checkpoint, source).to(device))
-    for name, quantization in layout.quantized.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, Linear)
-        linear.rotation = quantization.rotation
-        linear.full_precision_matmul = quantization.full_precision_matmul
-    return model.requires_grad_(False).eval()
+    return model
 
 
-def read_source(checkpoint: Checkpoint, source: TensorSource) -> Tensor:
-    """One parameter on the CPU: a view of the mapped file where `source.is_view`, else a copy.
-
-    Raises CheckpointError for a scale that is negative or not finite.
-    """
-    if source.is_view:
-        result = checkpoint.tensor(source.parts[0].tensor.name).reshape(source.shape)
-    else:
-        result = torch.empty(source.shape, dtype=source.dtype)
-        start = 0
-        for part in source.parts:
-            stored = checkpoint.tensor(part.tensor.name)
-            rows = result.narrow(0, start, part.shape[0]) if part.shape else result
-            rows.copy_(stored.reshape(part.shape) if stored.numel() == rows.numel() else stored.reshape(()))
-            start += rows.shape[0] if part.shape else 0
-    if source.name.endswith(f".{SCALE}"):
-        check_scale(source, result)
-    return result
-
-
-def check_scale(source: TensorSource, scale: Tensor) -> None:
-    """Raise CheckpointError unless every scale is finite and not negative."""
-    low, high = scale.aminmax()
-    if not (0 <= float(low) <= float(high) < float("inf")):
-        tensor = source.parts[0].tensor
-        reason = f"holds scales from {float(low)} to {float(high)}; they must be finite and not negative"
-        raise CheckpointError(tensor.path, f"tensor {shown(tensor.name)} {reason}")
+def check_scales(checkpoint: Checkpoint, sources: Iterable[TensorSource]) -> None:
+    """Raise CheckpointError unless every scale is finite and not negative. Reads the scales: a few MiB."""
+    for source in sources:
+        if source.name.endswith(f".{SCALE}"):
+            low, high = read_source(checkpoint, source).aminmax()
+            if not (0 <= float(low) <= float(high) < float("inf")):
+                tensor = source.parts[0].tensor
+                reason = f"holds scales from {float(low)} to {float(high)}; they must be finite and not negative"
+                raise CheckpointError(tensor.path, f"tensor {shown(tensor.name)} {reason}")
 
 
 def bind(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -69,3 +68,25 @@ def bind(model: nn.Module, name: str, tensor: Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     setattr(module, leaf, tensor if leaf == SCALE else nn.Parameter(tensor, requires_grad=False))
+
+
+@contextmanager
+def lent(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, the parameters and buffers named in `weights` are those tensors.
+
+    Afterwards they are what they were before: of a model on the meta device, nothing that could be
+    computed with, so that a use outside of a visit fails instead of reading what the slot holds by then.
+    """
+    tables = []
+    for name, tensor in weights.items():
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        # Straight into the module's own tables: a Parameter per tensor and visit would be for nothing.
+        table = module._buffers if leaf in module._buffers else module._parameters
+        tables.append((table, leaf, table[leaf]))
+        table[leaf] = tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for table, leaf, before in tables:
+            table[leaf] = before  # type: ignore[assignment]

@@ -204,6 +204,8 @@ def aligned_buffer(nbytes: int) -> Tensor:
 
     Alignment is more than speed: some CPU kernels round differently on weights that are not aligned.
     """
-    storage = torch.empty(nbytes + BUFFER_ALIGNMENT, dtype=torch.uint8)
-    skip = -storage.data_ptr() % BUFFER_ALIGNMENT
-    return storage[skip : skip + nbytes]
+    # A tensor made in inference mode could not be written to by the courier, which is not in it.
+    with torch.inference_mode(False):
+        storage = torch.empty(nbytes + BUFFER_ALIGNMENT, dtype=torch.uint8)
+        skip = -storage.data_ptr() % BUFFER_ALIGNMENT
+        return storage[skip : skip + nbytes]

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import types
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ class FakePipeline:
         self.identity = {"file": "fake.safetensors", "bytes": 1, "header_sha256": "ab" * 32, "family": "1K"}
         self.warnings: tuple[str, ...] = ()
         self.on_progress: Any = None
-        self.text_encoder = types.SimpleNamespace(shared=nullcontext) if self.has_text_encoder else None
+        self.text_encoder = types.SimpleNamespace() if self.has_text_encoder else None
         self.encoded: list[str] = []
         self.calls: list[dict[str, Any]] = []
 
@@ -69,13 +68,13 @@ class FakePipeline:
         cls.last = cls(model, options)
         return cls.last
 
-    def encode_prompt(self, prompt: str) -> torch.Tensor:
+    def encode_prompts(self, prompts: list[str]) -> list[torch.Tensor]:
         if self.encode_error is not None:
             raise self.encode_error
-        self.encoded.append(prompt)
+        self.encoded += prompts
         for layer in range(2):
             self.on_progress("text encoder", layer + 1, 2)
-        return torch.ones(3, 8)
+        return [torch.ones(3, 8) for _ in prompts]
 
     def __call__(self, **options: Any) -> types.SimpleNamespace:
         self.calls.append(options)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from l2p_lowvram.encoder import LazyTextEncoder
+from l2p_lowvram.streamed_encoder import StreamedTextEncoder
+from l2p_lowvram.streaming import MemoryOptions, Streamer
 from l2p_lowvram.text import MAX_TOKENS, PromptTokenizer, render_prompt
 from tests import goldens
 
@@ -141,11 +143,11 @@ def bare_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in weights.items()}
 
 
-def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> LazyTextEncoder:
-    return LazyTextEncoder(path, device=torch.device("cpu"), dtype=dtype)
+def open_encoder(path: Path, dtype: torch.dtype = torch.float32) -> StreamedTextEncoder:
+    return StreamedTextEncoder(path, device=torch.device("cpu"), dtype=dtype)
 
 
-def check_features(encoder: LazyTextEncoder, tolerance: float = 3e-5) -> None:
+def check_features(encoder: StreamedTextEncoder, tolerance: float = 3e-5) -> None:
     stored = goldens.tensors("te_a.goldens")
     for index in range(4):
         mask = stored[f"case{index}.attention_mask"].bool()
@@ -198,29 +200,22 @@ def test_scaled_fp8_encoder_is_close(tmp_path: Path, key: str):
     check_features(open_encoder(tmp_path / "encoder.safetensors"), 0.1)
 
 
-def test_encoder_holds_its_weights_only_while_it_works(tmp_path: Path, monkeypatch):
-    import gc
-    import weakref
-
+def test_prompts_share_one_reading_of_the_encoder_and_nothing_stays(tmp_path: Path):
     save_file(goldens.weights("te_a"), tmp_path / "encoder.safetensors")
-    encoder = open_encoder(tmp_path / "encoder.safetensors")
+    streamer = Streamer(torch.device("cpu"), MemoryOptions(poison=True))
+    encoder = StreamedTextEncoder(
+        tmp_path / "encoder.safetensors", device=torch.device("cpu"), dtype=torch.float32, streamer=streamer
+    )
+    prompts = [torch.tensor([[1, 2, 3]]), torch.tensor([[4]])]
 
-    loads = []
-    original = encoder.load
+    together = encoder.encode(prompts)
+    alone = [encoder(ids) for ids in prompts]
 
-    def load():
-        model = original()
-        loads.append(weakref.ref(model))
-        return model
-
-    monkeypatch.setattr(encoder, "load", load)
-    with encoder.shared():
-        encoder(torch.tensor([[1, 2, 3]]))
-        encoder(torch.tensor([[4]]))
-        assert [alive() is not None for alive in loads] == [True]
-    gc.collect()
-
-    assert loads[0]() is None
+    rows = 4 * encoder.config.hidden_size * 4  # four tokens of fp32
+    assert streamer.streams[0].read_bytes == sum(encoder.layout.block_bytes.values()) + rows
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    assert [stream.closed for stream in streamer.streams] == [True] * 3
+    assert [thread.name for thread in threading.enumerate() if "offload" in thread.name] == []
 
 
 def test_encoder_folder_of_another_model_is_refused(tmp_path: Path):

@@ -1,0 +1,105 @@
+"""A text encoder that holds its weights only while it works, layer by layer, within the pipeline's budget."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offload import Block, Checkpoint
+
+from .config import TextEncoderConfig
+from .encoder import read_encoder_layout
+from .streaming import Streamer, WeightStream, Work
+from .text import TextEncoder
+from .weights import check_scales, lent, mark_quantized
+
+_EMBEDDING = "embed_tokens.weight"
+
+
+class StreamedTextEncoder:
+    """Token ids -> features. All prompts of a call go through each layer in one visit, so that its weights
+    are read once; of the embedding only the rows of the tokens at hand are read at all."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        streamer: Streamer | None = None,
+    ) -> None:
+        """Reads headers, and scales where there are any. Raises CheckpointError."""
+        self.path = Path(path)
+        self.device, self.dtype = device, dtype
+        self._streamer = Streamer(device) if streamer is None else streamer
+        with Checkpoint.open(self.path) as checkpoint:
+            self.layout = read_encoder_layout(checkpoint)
+            check_scales(checkpoint, self.layout.sources.values())
+            self.files = checkpoint.files
+        with torch.device("meta"):
+            model = TextEncoder(self.layout.config)
+        mark_quantized(model, self.layout.quantized)
+        self._model = model.requires_grad_(False).eval()
+        self._blocks = [Block(name, sources) for name, sources in self.layout.blocks.items()]
+
+    @property
+    def config(self) -> TextEncoderConfig:
+        return self.layout.config
+
+    def identity(self) -> str:
+        """Changes whenever the files do: names, sizes, times and the beginning of each."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for file in self.files:
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            with file.open("rb") as handle:
+                digest.update(handle.read(1 << 20))
+        return digest.hexdigest()
+
+    def __call__(self, input_ids: Tensor, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """input_ids (B, L), unpadded -> hidden states before the last layer (B, L, hidden)."""
+        return self.encode([input_ids], progress)[0]
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[Tensor], progress: Callable[[int, int], None] | None = None) -> list[Tensor]:
+        """Several input_ids (B, L) of different lengths -> hidden states before the last layer (B, L, hidden).
+
+        Raises ValueError for ids outside the vocabulary, BudgetError, CheckpointError, OSError.
+        """
+        for ids in prompts:
+            self._model.check_ids(ids)
+        with Checkpoint.open(self.path) as checkpoint:
+            stream = self._streamer.open(self._model, checkpoint, self._work(prompts))
+            try:
+                states = [self._embed(stream, ids) for ids in prompts]
+                for done, block in enumerate(self._model.blocks(), 1):
+                    with stream.visit(block.name):
+                        states = [(block.visit(x, cos, sin), cos, sin) for x, cos, sin in states]
+                    if progress is not None:
+                        progress(done, len(self._blocks))
+            finally:
+                stream.close()
+        with torch.inference_mode(False):
+            return [x.clone() for x, _, _ in states]
+
+    def _embed(self, stream: WeightStream, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The prelude, on a vocabulary of the tokens at hand."""
+        used, compact = ids.unique(return_inverse=True)
+        rows = stream.gather(self.layout.sources[_EMBEDDING], used.tolist()).to(self.device)
+        with lent(self._model, {_EMBEDDING: rows}):
+            return self._model.prelude(compact.to(self.device), self.dtype)
+
+    def _work(self, prompts: Sequence[Tensor]) -> Work:
+        config = self.config
+        longest = max((ids.numel() for ids in prompts), default=0)
+        tokens = sum(ids.numel() for ids in prompts)
+        inner = config.num_attention_heads * config.head_dim
+        widest = longest * (3 * config.intermediate_size + 6 * inner) + config.num_attention_heads * longest**2
+        activations = 4 * (2 * tokens * config.hidden_size + widest) + (48 << 20)
+        seconds = {block.name: 2 * tokens * block.nbytes / 2 / 60e9 for block in self._blocks}
+        return Work("text encoder", self._blocks, seconds, activations, once=[b.name for b in self._blocks])

@@ -1,0 +1,372 @@
+"""A model's weights within a budget: which blocks stay, which stream, and who brings them.
+
+The modules are on the meta device; `WeightStream.visit` lends them the weights of one block at a time. Where
+these come from is decided per phase (text encoder, denoising) from block sizes and budgets alone:
+
+    CPU, CUDA          a ring of slots filled by parallel reads, blocks that fit staying for the run
+    CPU, io "mmap"     the mapped file itself, the next block's pages asked for ahead
+    other devices      the mapped file, copied block by block; there is no ring for them yet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from offload import (
+    Block,
+    BlockCost,
+    Budget,
+    BudgetError,
+    Checkpoint,
+    CpuDevice,
+    Device,
+    Rates,
+    Reader,
+    ResidencyPlan,
+    Ring,
+    TensorSource,
+    Tier,
+    format_bytes,
+    plan_residency,
+    probe_io,
+)
+from offload.blocks import Extent
+from offload.devices import aligned_buffer
+from offload.mapped import MappedBlocks, read_source
+from offload.memory import available_device_bytes, available_host_bytes, process_memory
+from offload.pinned import system_pin_limit
+from offload.timeline import Timeline
+
+from .weights import lent
+
+IO_CHOICES = ("auto", "read", "direct", "mmap")
+# Below this the probe would take longer than it could save.
+_PROBED_BYTES = 256 << 20
+# What the process comes to hold beside weights and activations: interpreter, libraries, the picture's file.
+_HOST_SLACK = 96 << 20
+# Left to the system and to other programs where no --ram is given.
+_HOST_SPARE = 1 << 30
+# The process's own memory differs a little from run to run; a plan must not.
+_HOST_STEP = 64 << 20
+# The CUDA context, and what cuBLAS and cuDNN take beside torch's allocator. Estimates, not measured here.
+CONTEXT_BYTES = 512 << 20
+WORKSPACE_BYTES = 128 << 20
+_STAGING_BYTES = 64 << 20
+# For the planner alone: rough, and the same on every run, so that plans are. Plans are made for slow
+# machines: on a faster one a block more than necessary stays, which costs nothing.
+_DISK_RATE, _CACHED_RATE, _LINK_RATE = 1.5e9, 5e9, 6e9
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What may be held, in bytes, and how weights are read. None: decided from what is free.
+
+    vram: device memory, all of it: weights, activations, the device's own context. Not for the CPU.
+    ram: host memory: pinned, anonymous, and what is kept cached or mapped. On the CPU it bounds everything.
+    pin: the most that may be page-locked; 0 for none. io: one of IO_CHOICES. slots: of the ring.
+    poison: fill every slot with garbage the moment it is free (for tests).
+    Raises ValueError for an unknown io, or slots under 2.
+    """
+
+    vram: int | None = None
+    ram: int | None = None
+    pin: int | None = None
+    io: str = "auto"
+    slots: int | None = None
+    poison: bool = False
+
+    def __post_init__(self) -> None:
+        if self.io not in IO_CHOICES:
+            raise ValueError(f"io must be one of {', '.join(IO_CHOICES)}, got {self.io!r}")
+        if self.slots is not None and self.slots < 2:
+            raise ValueError(f"the ring needs at least 2 slots, got {self.slots}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase asks of its weights.
+
+    phase: for reports and messages. seconds: rough compute time per visit of each block. activations: peak
+    bytes beside the weights. once: blocks visited at the start only, the others round and round.
+    """
+
+    phase: str
+    blocks: Sequence[Block]
+    seconds: Mapping[str, float]
+    activations: int
+    once: Collection[str] = ()
+
+    def costs(self) -> list[BlockCost]:
+        return [
+            BlockCost(block.name, block.nbytes, self.seconds.get(block.name, 0.0), int(block.name not in self.once))
+            for block in self.blocks
+        ]
+
+
+class BlockSource(Protocol):
+    """What `Ring` and `MappedBlocks` have in common."""
+
+    timeline: Timeline
+    visits: int
+    copied_bytes: int
+
+    def visit(self, name: str) -> AbstractContextManager[Mapping[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class IoChoice:
+    """How files are read, at what rate the probe saw it done (bytes per second, None unprobed), and why."""
+
+    io: str
+    rate: float | None
+    reason: str
+
+
+class WeightStream:
+    """The weights of one phase, lent to `model` block by block. Owns threads, files and memory until `close`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        work: Work,
+        source: BlockSource,
+        resources: ExitStack,
+        io: IoChoice,
+        *,
+        checkpoint: Checkpoint,
+        reader: Reader | None = None,
+        plan: ResidencyPlan | None = None,
+    ) -> None:
+        self.work = work
+        self.plan = plan
+        self.io = io
+        self.source = source
+        self._model = model
+        self._resources = resources
+        self._checkpoint = checkpoint
+        self._reader = reader
+        self._closed = False
+
+    @contextmanager
+    def visit(self, name: str) -> Iterator[None]:
+        """While open, the modules of block `name` have their weights. One at a time."""
+        with self.source.visit(name) as weights, lent(self._model, weights):
+            yield
+
+    def gather(self, source: TensorSource, rows: Sequence[int]) -> Tensor:
+        """Some rows of a two-dimensional tensor that no block holds, (len(rows), columns), on the CPU.
+
+        Reads those rows alone. Raises CheckpointError, OSError.
+        """
+        if self._reader is None:
+            return read_source(self._checkpoint, source)[list(rows)]
+        info = source.parts[0].tensor
+        row_bytes = info.nbytes // info.shape[0]
+        extents = [
+            Extent(info.path, info.offset + row * row_bytes, row_bytes, index * row_bytes)
+            for index, row in enumerate(rows)
+        ]
+        buffer = aligned_buffer(len(rows) * row_bytes)
+        self._reader.submit(source.name, extents, buffer).wait()
+        return buffer.view(info.torch_dtype).reshape(len(rows), -1)
+
+    @property
+    def device_bytes(self) -> int:
+        """Held on the device by weights: resident blocks and slots."""
+        if self.plan is None or self._closed:
+            return 0
+        return self.plan.ring_bytes + self._tier_bytes(Tier.DEVICE)
+
+    @property
+    def host_bytes(self) -> int:
+        return 0 if self.plan is None or self._closed else self.plan.host_bytes
+
+    def _tier_bytes(self, tier: Tier) -> int:
+        assert self.plan is not None
+        return sum(block.nbytes for block in self.work.blocks if self.plan.tiers[block.name] is tier)
+
+    @property
+    def read_bytes(self) -> int:
+        return 0 if self._reader is None else self._reader.read_bytes
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """Give everything back. May be called twice."""
+        self._closed = True
+        self._resources.close()
+
+
+@dataclass
+class Streamer:
+    """Opens the weights of phases on one device within one budget.
+
+    Phases share the budget: one is closed when another has no room beside it. streams: the open ones and,
+    until `forget`, those that were.
+    """
+
+    device: torch.device
+    options: MemoryOptions = field(default_factory=MemoryOptions)
+    streams: list[WeightStream] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    _io: dict[str, IoChoice] = field(default_factory=dict)
+    _ring_device: Device | None = None
+    _process_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cpu" and self.options.vram is not None:
+            raise ValueError(
+                "--vram is for graphics cards; on the CPU device memory is RAM, give --ram instead (vram= and ram=)"
+            )
+
+    def open(self, model: nn.Module, checkpoint: Checkpoint, work: Work) -> WeightStream:
+        """Plan the phase, take its memory, start reading. Raises BudgetError, CheckpointError, OSError."""
+        io = self._choose_io(checkpoint)
+        if not self._has_ring or (io.io == "mmap" and self.device.type == "cpu"):
+            return self._open_mapped(model, checkpoint, work, io)
+        plan = self._plan_with_room(work)
+        with ExitStack() as stack:
+            reader = stack.enter_context(Reader(checkpoint, io=io.io))
+            ring = stack.enter_context(
+                Ring(
+                    work.blocks,
+                    plan,
+                    self._device(),
+                    reader,
+                    once=work.once,
+                    keep_cache=self.options.ram is None,
+                    poison=self.options.poison,
+                )
+            )
+            stream = WeightStream(
+                model, work, ring, stack.pop_all(), io, checkpoint=checkpoint, reader=reader, plan=plan
+            )
+        self.streams.append(stream)
+        return stream
+
+    def plan(self, work: Work) -> ResidencyPlan:
+        """Where the blocks of a phase will live, beside those of the phases that are open. Raises BudgetError."""
+        is_cpu = self.device.type == "cpu"
+        budget = self._host_budget(work) if is_cpu else self._device_budget(work)
+        rates = Rates(disk=_DISK_RATE) if is_cpu else Rates(disk=_DISK_RATE, cached=_CACHED_RATE, link=_LINK_RATE)
+        try:
+            return plan_residency(work.costs(), rates, budget, slots=self.options.slots)
+        except BudgetError as error:
+            option = "--ram" if is_cpu else "--vram"
+            raise BudgetError(f"{work.phase}: {error}; give more with {option}, or a smaller picture") from None
+
+    def _plan_with_room(self, work: Work) -> ResidencyPlan:
+        """`plan`, if need be after closing the other phases."""
+        try:
+            return self.plan(work)
+        except BudgetError:
+            if not any(not stream.closed for stream in self.streams):
+                raise
+            self.close_streams()
+            return self.plan(work)
+
+    def _open_mapped(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
+        with ExitStack() as stack:
+            blocks = stack.enter_context(MappedBlocks(checkpoint, work.blocks, self.device))
+            stream = WeightStream(model, work, blocks, stack.pop_all(), io, checkpoint=checkpoint)
+        self.streams.append(stream)
+        return stream
+
+    @property
+    def _has_ring(self) -> bool:
+        return self.device.type in ("cpu", "cuda")
+
+    def _device(self) -> Device:
+        if self._ring_device is None:
+            if self.device.type == "cpu":
+                self._ring_device = CpuDevice()
+            else:
+                from offload.cuda import CudaDevice
+
+                self._ring_device = CudaDevice(self.device, pin_limit=self.options.pin)
+        return self._ring_device
+
+    def _choose_io(self, checkpoint: Checkpoint) -> IoChoice:
+        key = str(checkpoint.files)
+        if key not in self._io:
+            self._io[key] = self._probe(checkpoint)
+        return self._io[key]
+
+    def _probe(self, checkpoint: Checkpoint) -> IoChoice:
+        if self.options.io != "auto":
+            return IoChoice(self.options.io, None, f"{self.options.io}, as asked for")
+        size = sum(identity.size for identity in checkpoint.identities.values())
+        if size < _PROBED_BYTES:
+            return IoChoice("read", None, f"read: {format_bytes(size)} are not worth a probe")
+        found = probe_io(checkpoint, rounds=3, round_bytes=8 << 20)
+        return IoChoice(found.io, found.rates[found.io], found.reason)
+
+    def _host_budget(self, work: Work) -> Budget:
+        """On the CPU: one budget for everything."""
+        held = sum(stream.device_bytes for stream in self.streams)
+        return Budget(self._ram(), work.activations, reserved=self._base() + held)
+
+    def _device_budget(self, work: Work) -> Budget:
+        held = sum(stream.device_bytes for stream in self.streams)
+        vram = self.options.vram
+        if vram is None:
+            free = available_device_bytes(self.device)
+            assert free is not None, "a device with a ring tells its memory"
+            vram = (free + held) // 20 * 19 + CONTEXT_BYTES
+        host = max(self._ram() - self._base() - sum(stream.host_bytes for stream in self.streams), 0)
+        pin = system_pin_limit() if self.options.pin is None else self.options.pin
+        return Budget(
+            vram,
+            work.activations,
+            reserved=CONTEXT_BYTES + WORKSPACE_BYTES + held,
+            host=host,
+            pinned=min(pin, host),
+            staging=min(_STAGING_BYTES, host),
+        )
+
+    def _base(self) -> int:
+        """Host bytes of the process without weights, as first seen, in coarse steps."""
+        if self._process_bytes is None:
+            anonymous = process_memory().anonymous
+            self._process_bytes = -(-anonymous // _HOST_STEP) * _HOST_STEP + _HOST_SLACK
+        return self._process_bytes
+
+    def _ram(self) -> int:
+        if self.options.ram is not None:
+            return self.options.ram
+        held = sum(stream.device_bytes if self.device.type == "cpu" else stream.host_bytes for stream in self.streams)
+        spare = max(available_host_bytes() - _HOST_SPARE, 0)
+        return self._base() + (spare + held) // _HOST_STEP * _HOST_STEP
+
+    def close_streams(self) -> None:
+        """Close every open phase; their figures stay."""
+        for stream in self.streams:
+            stream.close()
+
+    def forget(self) -> None:
+        """Drop the figures of closed phases."""
+        self.streams = [stream for stream in self.streams if not stream.closed]
+
+    def close(self) -> None:
+        """Give everything back. May be called twice; a closed streamer can be used again."""
+        self.close_streams()
+        device, self._ring_device = self._ring_device, None
+        if device is not None and hasattr(device, "close"):
+            self.fallbacks.extend(getattr(device, "fallbacks", []))
+            device.close()
+
+
+def same_residency(one: ResidencyPlan, other: ResidencyPlan) -> bool:
+    """Whether two plans hold the same memory, whatever they predict."""
+    return replace(one, **_UNPREDICTED) == replace(other, **_UNPREDICTED)
+
+
+_UNPREDICTED = {"compute_seconds": 0.0, "stall_seconds": 0.0, "device_bytes": 0, "notes": ()}
