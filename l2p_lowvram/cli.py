@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .quantize import add_dequantize, add_quantize
 from .stdout import print_line
 from .user_input import InputError, one_line, user_input
 
@@ -118,6 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_inspect(commands)
+    for add in (add_quantize, add_dequantize):
+        add(lambda name, text, epilog, run: _command(commands, name, text, f"{epilog}\n{EXIT_CODES}", run))
     return parser
 
 
@@ -139,6 +142,8 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     model.add_argument(
         "--bf16-timestep", action="store_true", help="round the timestep to bf16 as the original code does"
     )
+
+    _add_memory(parser)
 
     text = parser.add_argument_group("prompt")
     prompts = text.add_mutually_exclusive_group(required=True)
@@ -204,7 +209,36 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "or to {seed}_step_{step}.png in a folder",
     )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of the paths")
+    output.add_argument(
+        "--report", metavar="FILE", help="write the same JSON, with time, bytes and memory of each phase, to a file"
+    )
     output.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary, only warnings")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    memory = parser.add_argument_group("memory (sizes such as 6GiB or 500MB; defaults from what is free)")
+    memory.add_argument(
+        "--vram",
+        metavar="SIZE",
+        type=_size,
+        help="device memory: weights, activations, the device's own share; not on the CPU, whose memory is --ram",
+    )
+    memory.add_argument(
+        "--ram",
+        metavar="SIZE",
+        type=_size,
+        help="host memory; on the CPU everything, elsewhere pinned and cached weights",
+    )
+    memory.add_argument("--pin", metavar="SIZE", type=_size, help="the most of --ram that is page-locked; 0 for none")
+    memory.add_argument(
+        "--io",
+        default="auto",
+        choices=("auto", "read", "direct", "mmap"),
+        help="how weights are read: through the page cache, past it, or mapped; auto (default) by a short probe",
+    )
+    memory.add_argument(
+        "--slots", metavar="N", type=_count, help="blocks in the ring, at least 2 (default 2, or 3 from the disk)"
+    )
 
 
 def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -257,6 +291,15 @@ def _quality(text: str) -> int:
     if not 1 <= value <= 100:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 100, got {text}")
     return value
+
+
+def _size(text: str) -> int:
+    from offload.sizes import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _number(text: str) -> float:

@@ -19,12 +19,16 @@ from . import images, metadata
 from .order import Order, Picture, Preview, take_order
 from .peak_memory import peak_device_bytes, peak_rss_bytes, start_device_peak
 from .progress import Progress
+from .report import budget_record, phase_record, phase_table
 from .stdout import print_line
 from .user_input import InputError, describe_os_error, refusals, user_input
+from .whole_file import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+    from offload.memory import MemoryWatch
 
     from .pipeline import L2PPipeline
 
@@ -63,28 +67,48 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
 
     Raises InputError, NonFiniteError or KeyboardInterrupt; pictures finished by then stay.
     """
+    from offload.memory import MemoryWatch
+
     started = time.perf_counter()
     order = take_order(options, model or "demo")
     notices = []
     if model is None:
         notices.append(DEMO_NOTICE)
         say(DEMO_NOTICE)
-    run = Run(order, _load(order, prompt_cache), Progress(quiet=options.quiet), order.preview, notices)
-    run.add_seconds("load", time.perf_counter() - started)
-    run.warn_of_new(run.pipe.warnings)
-    with user_input():
-        settings = resolve_settings(run)
-    start_device_peak(run.pipe.device)
-
-    written = make_pictures(run, settings)
-
-    run.seconds["total"] = time.perf_counter() - started
-    report = make_report(run, settings, written)
-    if options.json:
-        print_line(json.dumps(report, indent=2))
-    if not options.quiet:
-        say(summary_line(report, run.progress.steps))
+    with MemoryWatch() as watch:
+        run = Run(order, _load(order, prompt_cache), Progress(quiet=options.quiet), order.preview, notices)
+        try:
+            run.add_seconds("load", time.perf_counter() - started)
+            run.warn_of_new(run.pipe.warnings)
+            with user_input():
+                settings = resolve_settings(run)
+            start_device_peak(run.pipe.device)
+            written = make_pictures(run, settings)
+            run.seconds["total"] = time.perf_counter() - started
+            report = make_report(run, settings, written, watch)
+        finally:
+            run.pipe.close()
+    _tell(run, report)
     return 0
+
+
+def _tell(run: Run, report: dict[str, Any]) -> None:
+    """The report to where it was asked for, and a summary for people."""
+    options = run.order.options
+    text = json.dumps(report, indent=2)
+    if options.report is not None:
+        try:
+            with whole_file(Path(options.report), overwrite=options.overwrite) as file:
+                file.write(f"{text}\n".encode())
+        except OSError as error:
+            raise InputError(describe_os_error(error)) from error
+    if options.json:
+        print_line(text)
+    if not options.quiet:
+        for reason in report["memory"]["fallbacks"]:
+            say(f"slower than it could be: {reason}")
+        say(phase_table(run.pipe.phases))
+        say(summary_line(report, run.progress.steps))
 
 
 def say(message: str) -> None:
@@ -104,6 +128,11 @@ def _load(order: Order, prompt_cache: bool | Path | None) -> L2PPipeline:
             dtype=None if options.dtype == "auto" else options.dtype,
             prompt_cache=prompt_cache,
             bf16_timestep=options.bf16_timestep,
+            vram=options.vram,
+            ram=options.ram,
+            pin=options.pin,
+            io=options.io,
+            slots=options.slots,
         )
 
 
@@ -256,8 +285,10 @@ def _save_preview(run: Run, picture: Picture, step: int, denoised: Tensor) -> No
         run.warn(f"preview stopped, {describe_os_error(error)}")
 
 
-def make_report(run: Run, settings: metadata.RunSettings, written: Sequence[Picture]) -> dict[str, Any]:
-    """What `--json` prints."""
+def make_report(
+    run: Run, settings: metadata.RunSettings, written: Sequence[Picture], watch: MemoryWatch
+) -> dict[str, Any]:
+    """What `--json` prints and `--report` writes."""
     shared = metadata.settings_record(settings)
     return {
         "images": [
@@ -278,6 +309,13 @@ def make_report(run: Run, settings: metadata.RunSettings, written: Sequence[Pict
         "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(run.pipe.device),
+        "memory": {
+            "budget": budget_record(run.pipe.memory),
+            "peak_anonymous_bytes": watch.peak_anonymous,
+            "peak_file_backed_bytes": watch.peak_file_backed,
+            "fallbacks": run.pipe.fallbacks,
+        },
+        "phases": [phase_record(figures) for figures in run.pipe.phases],
         "warnings": run.warnings,
     }
 

@@ -72,6 +72,8 @@ def take_order(options: argparse.Namespace, model: str) -> Order:
         for name, path in (("--text-encoder", options.text_encoder), ("--tokenizer", options.tokenizer)):
             if path is not None and not Path(path).expanduser().exists():
                 raise InputError(f"{name} {path}: no such file or folder")
+        if options.report is not None:
+            _check_report(Path(options.report), overwrite=options.overwrite)
         prompt = read_prompt(options.prompt, options.prompt_file)
         seeds = choose_seeds(options.seed, options.count)
         pictures = name_pictures(options.output, seeds)
@@ -84,6 +86,15 @@ def take_order(options: argparse.Namespace, model: str) -> Order:
             digest = _file_sha256(Path(options.image))
         negative = _check_text(options.negative_prompt, "negative prompt")
         return Order(model, prompt, negative, pictures, preview, image, digest, options)
+
+
+def _check_report(path: Path, *, overwrite: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"--report {path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"--report {path}: there is no folder {path.parent}; make it first")
+    if not overwrite and os.path.lexists(path):
+        raise InputError(f"--report {path}: exists already; give --overwrite or another name")
 
 
 def _check_combinations(options: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from .model_weights import (
 )
 from .prompt_cache import PromptCache
 from .prompts import PromptEncoder
+from .report import PhaseFigures, phase_figures
 from .repository import ModelFiles, header_sha256, locate_model
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import MemoryOptions, Streamer
@@ -206,6 +207,21 @@ class L2PPipeline:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def memory(self) -> MemoryOptions:
+        """The budgets that were asked for."""
+        return self.streamer.options
+
+    @property
+    def phases(self) -> list[PhaseFigures]:
+        """What streaming weights took, a phase each, since the pipeline was made."""
+        return [phase_figures(stream) for stream in self.streamer.streams]
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Why copies to the device were slower than they could be; empty in the good case."""
+        return self.streamer.fallbacks
 
     @property
     def config(self) -> ModelConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -177,19 +177,23 @@ class WeightStream:
         return buffer.view(info.torch_dtype).reshape(len(rows), -1)
 
     @property
-    def device_bytes(self) -> int:
-        """Held on the device by weights: resident blocks and slots."""
-        if self.plan is None or self._closed:
+    def planned_device_bytes(self) -> int:
+        """What weights take on the device while the phase is open: resident blocks and slots."""
+        if self.plan is None:
             return 0
-        return self.plan.ring_bytes + self._tier_bytes(Tier.DEVICE)
+        tiers = self.plan.tiers
+        resident = sum(block.nbytes for block in self.work.blocks if tiers[block.name] is Tier.DEVICE)
+        return self.plan.ring_bytes + resident
+
+    @property
+    def device_bytes(self) -> int:
+        """Held on the device now."""
+        return 0 if self._closed else self.planned_device_bytes
 
     @property
     def host_bytes(self) -> int:
+        """Held in host memory beside a device now."""
         return 0 if self.plan is None or self._closed else self.plan.host_bytes
-
-    def _tier_bytes(self, tier: Tier) -> int:
-        assert self.plan is not None
-        return sum(block.nbytes for block in self.work.blocks if self.plan.tiers[block.name] is tier)
 
     @property
     def read_bytes(self) -> int:
@@ -216,7 +220,7 @@ class Streamer:
     device: torch.device
     options: MemoryOptions = field(default_factory=MemoryOptions)
     streams: list[WeightStream] = field(default_factory=list)
-    fallbacks: list[str] = field(default_factory=list)
+    _past_fallbacks: list[str] = field(default_factory=list)
     _io: dict[str, IoChoice] = field(default_factory=dict)
     _ring_device: Device | None = None
     _process_bytes: int | None = None
@@ -260,8 +264,7 @@ class Streamer:
         try:
             return plan_residency(work.costs(), rates, budget, slots=self.options.slots)
         except BudgetError as error:
-            option = "--ram" if is_cpu else "--vram"
-            raise BudgetError(f"{work.phase}: {error}; give more with {option}, or a smaller picture") from None
+            raise BudgetError(f"{work.phase}: {error}; give more with {_option(error, is_cpu=is_cpu)}") from None
 
     def _plan_with_room(self, work: Work) -> ResidencyPlan:
         """`plan`, if need be after closing the other phases."""
@@ -312,7 +315,7 @@ class Streamer:
     def _host_budget(self, work: Work) -> Budget:
         """On the CPU: one budget for everything."""
         held = sum(stream.device_bytes for stream in self.streams)
-        return Budget(self._ram(), work.activations, reserved=self._base() + held)
+        return Budget(self._ram(), work.activations, reserved=self._base() + held, name="RAM budget")
 
     def _device_budget(self, work: Work) -> Budget:
         held = sum(stream.device_bytes for stream in self.streams)
@@ -360,13 +363,15 @@ class Streamer:
         self.close_streams()
         device, self._ring_device = self._ring_device, None
         if device is not None and hasattr(device, "close"):
-            self.fallbacks.extend(getattr(device, "fallbacks", []))
+            self._past_fallbacks += getattr(device, "fallbacks", [])
             device.close()
 
+    @property
+    def fallbacks(self) -> list[str]:
+        """Why copies to the device are slower than they could be; empty in the good case."""
+        return [*self._past_fallbacks, *getattr(self._ring_device, "fallbacks", [])]
 
-def same_residency(one: ResidencyPlan, other: ResidencyPlan) -> bool:
-    """Whether two plans hold the same memory, whatever they predict."""
-    return replace(one, **_UNPREDICTED) == replace(other, **_UNPREDICTED)
 
-
-_UNPREDICTED = {"compute_seconds": 0.0, "stall_seconds": 0.0, "device_bytes": 0, "notes": ()}
+def _option(error: BudgetError, *, is_cpu: bool) -> str:
+    """The option that a refusal is about."""
+    return "--ram" if is_cpu or "host budget" in str(error) else "--vram"

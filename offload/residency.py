@@ -75,6 +75,7 @@ class Budget:
     host: pinned, staging and cached bytes together; unused where `Rates.link` is None, since there the
     device's memory is the host's. pinned: the most that may be page-locked.
     staging: the pinned ring that blocks from disk and cache pass through.
+    name: what a refusal calls the device's budget.
     """
 
     device: int
@@ -83,6 +84,7 @@ class Budget:
     host: int = 0
     pinned: int = 0
     staging: int = 0
+    name: str = "device budget"
 
     @property
     def weights(self) -> int:
@@ -164,7 +166,7 @@ def _require_device(blocks: Sequence[BlockCost], budget: Budget) -> None:
     if budget.reserved:
         parts += f" + reserved {format_bytes(budget.reserved)}"
     raise BudgetError(
-        f"device budget {format_bytes(budget.device)} is too small: {parts} = {format_bytes(needed)}; "
+        f"{budget.name} {format_bytes(budget.device)} is too small: {parts} = {format_bytes(needed)}; "
         f"the nearest plan that fits takes {needed} bytes"
     )
 

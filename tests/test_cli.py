@@ -20,6 +20,7 @@ from l2p_lowvram import __version__, cli, images, order, user_input
 from l2p_lowvram.cli import main
 from l2p_lowvram.config import DecoderConfig, DecoderLevel, ModelConfig, SamplingDefaults
 from l2p_lowvram.errors import NonFiniteError, is_out_of_memory
+from l2p_lowvram.streaming import MemoryOptions
 from offload import BudgetError, CheckpointError
 
 BLOCKS = 4
@@ -57,6 +58,8 @@ class FakePipeline:
         self.warnings: tuple[str, ...] = ()
         self.on_progress: Any = None
         self.text_encoder = types.SimpleNamespace() if self.has_text_encoder else None
+        self.memory, self.phases, self.fallbacks = MemoryOptions(), [], []
+        self.closed = False
         self.encoded: list[str] = []
         self.calls: list[dict[str, Any]] = []
 
@@ -67,6 +70,9 @@ class FakePipeline:
             raise cls.load_error
         cls.last = cls(model, options)
         return cls.last
+
+    def close(self) -> None:
+        self.closed = True
 
     def encode_prompts(self, prompts: list[str]) -> list[torch.Tensor]:
         if self.encode_error is not None:
@@ -155,6 +161,7 @@ def test_the_pipeline_gets_features_and_settings_once(
         capsys,
         *("-n", "blurry", "-W", "64", "-H", "16", "--steps", "2", "--cfg-scale", "1.5", "--shift", "2"),
         *("--seed", "1", "2", "--dtype", "fp32", "--device", "cpu", "--bf16-timestep"),
+        *("--vram", "6GiB", "--ram", "500MB", "--pin", "0", "--io", "direct", "--slots", "4"),
     )
 
     pipe = pipeline.last
@@ -168,6 +175,11 @@ def test_the_pipeline_gets_features_and_settings_once(
         "dtype": "fp32",
         "prompt_cache": True,
         "bf16_timestep": True,
+        "vram": 6 << 30,
+        "ram": 500_000_000,
+        "pin": 0,
+        "io": "direct",
+        "slots": 4,
     }
     assert pipe.encoded == ["a fox", "blurry"]
     assert [call["seed"] for call in pipe.calls] == [1, 2]
@@ -281,6 +293,28 @@ def test_json_is_one_object_instead_of_paths(capsys: pytest.CaptureFixture[str])
     assert result["peak_rss_bytes"] > 10_000_000
     assert result["peak_device_bytes"] is None
     assert result["warnings"] == []
+
+
+def test_a_report_is_the_json_in_a_file_and_replaces_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "-o", "a.png", "--json", "--report", "report.json")
+
+    assert code == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report == json.loads(out)
+    assert report["memory"]["peak_anonymous_bytes"] > 10_000_000
+    assert refused(capsys, "-o", "b.png", "--report", "report.json").startswith("--report report.json: exists already")
+    assert "there is no folder nowhere" in refused(capsys, "-o", "b.png", "--report", "nowhere/report.json")
+
+
+def test_the_pipeline_is_closed_however_the_run_ends(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    run(capsys, "-o", "a.png")
+    assert pipeline.last.closed
+
+    pipeline.draw_error = CheckpointError("model.safetensors", "was modified since it was opened")
+    run(capsys, "-o", "b.png")
+    assert pipeline.last.closed
 
 
 def test_the_demo_model_is_announced_in_one_line_with_the_way_out(
@@ -465,6 +499,10 @@ def test_an_argument_that_is_no_text_is_refused(capsys: pytest.CaptureFixture[st
         (["--preview", "none/steps"], "none/steps: no such file or directory"),
         (["--preview", "l2p_1.png", "--seed", "1"], "l2p_1.png: is named by both --preview and --output"),
         (["--preview", "taken"], "taken: file exists"),
+        (["--vram", "much"], "argument --vram: cannot read 'much' as a size; write 6GiB"),
+        (["--io", "tape"], "argument --io: invalid choice: 'tape'"),
+        (["--report", "none/a.json"], "--report none/a.json: there is no folder none; make it first"),
+        (["--report", "taken"], "--report taken: exists already; give --overwrite or another name"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(
