@@ -115,7 +115,7 @@ class _Mapping:
 
     address: int
     nbytes: int
-    registered: Sequence[tuple[int, int]]
+    registered: list[tuple[int, int]]
 
 
 class PinnedArena:
@@ -143,11 +143,12 @@ class PinnedArena:
             raise ValueError(f"a pinned buffer of {format_bytes(nbytes)} is asked for, but the arena is closed")
         pages = _pages(nbytes)
         address = int(pages.ctypes.data)
-        self._mappings[address] = _Mapping(address, pages.nbytes, self._register(address, pages.nbytes))
+        mapping = self._mappings[address] = _Mapping(address, pages.nbytes, [])
         # numpy lets its weak references go before its memory, which mmap does not.
         finalizer = weakref.finalize(pages, self._release, address)
         # The end of the process gives everything back; a courier that nobody stopped may still copy then.
         finalizer.atexit = False
+        self._register(mapping)
         with torch.inference_mode(False):
             return torch.from_numpy(pages)[:nbytes]
 
@@ -166,19 +167,19 @@ class PinnedArena:
         for address in list(self._mappings):
             self._release(address)
 
-    def _register(self, address: int, nbytes: int) -> list[tuple[int, int]]:
-        """Register from the start of a buffer on, as much as possible; returns what was."""
-        registered: list[tuple[int, int]] = []
-        begin, most = 0, nbytes
+    def _register(self, mapping: _Mapping) -> None:
+        """Register from the start of a buffer on, as much as possible."""
+        begin, most = 0, mapping.nbytes
         error = f"the pin limit of {format_bytes(self._limit)} is reached"
-        while begin < nbytes:
-            size = min(most, nbytes - begin, self._limit - self.pinned_bytes)
-            if size < min(self._floor, nbytes - begin):
-                self.fallbacks.append(f"{format_bytes(nbytes - begin)} of host memory stay pageable: {error}")
+        while begin < mapping.nbytes:
+            left = mapping.nbytes - begin
+            size = min(most, left, self._limit - self.pinned_bytes)
+            if size < min(self._floor, left):
+                self.fallbacks.append(f"{format_bytes(left)} of host memory stay pageable: {error}")
                 break
-            failure = self._registration.register(address + begin, size)
+            failure = self._registration.register(mapping.address + begin, size)
             if failure is None:
-                registered.append((begin, begin + size))
+                mapping.registered.append((begin, begin + size))
                 self.pinned_bytes += size
                 begin += size
                 continue
@@ -186,9 +187,6 @@ class PinnedArena:
             error = f"pinning {format_bytes(size)} failed: {failure}"
             self.fallbacks.append(f"{error}; {format_bytes(self.pinned_bytes)} were pinned")
             most = size // 2 // mmap.PAGESIZE * mmap.PAGESIZE
-            if most < self._floor:
-                most = 0
-        return registered
 
     def _release(self, address: int) -> None:
         # Popped first: whoever comes second, a finalizer or `close`, finds nothing left to do.

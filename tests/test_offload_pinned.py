@@ -3,6 +3,7 @@
 import gc
 import mmap
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,40 @@ def test_an_unregistration_that_fails_is_told_and_not_repeated() -> None:
     assert arena.fallbacks == [f"{format_bytes(PAGE)} of host memory could not be unpinned: invalid value (1)"]
     assert len(driver.taken_back) == 1
     assert driver.cleared == 1
+
+
+def test_an_exception_in_the_middle_leaves_nothing_registered() -> None:
+    driver = FakeDriver(largest=2 * PAGE)
+
+    def register(address: int, nbytes: int) -> str | None:
+        if len(driver.registered) == 2:
+            raise KeyboardInterrupt
+        return driver.registration.register(address, nbytes)
+
+    arena = PinnedArena(replace(driver.registration, register=register), limit=GIB, floor=PAGE)
+
+    with pytest.raises(KeyboardInterrupt):
+        arena.buffer(8 * PAGE)
+
+    gc.collect()
+    assert len(driver.taken_back) == 2
+    assert driver.registered == {}
+    assert arena.pinned_bytes == 0
+
+
+def test_without_private_maps_the_pages_come_from_the_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.delattr(mmap, "MAP_PRIVATE", raising=False)
+    driver = FakeDriver()
+    arena = arena_of(driver)
+
+    buffer = arena.buffer(3 * PAGE + 1)
+    buffer.fill_(3)
+
+    assert driver.registered == {buffer.data_ptr(): 4 * PAGE}
+    del buffer
+    gc.collect()
+    assert driver.registered == {}
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads the kernel's account of pages")
