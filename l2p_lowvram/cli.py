@@ -13,10 +13,12 @@ Anything else keeps its traceback and exits with 1. torch is imported by the com
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +28,7 @@ from .stdout import print_line
 from .user_input import InputError, one_line, user_input
 
 PROGRAM = "l2p-lowvram"
-EXIT_INPUT, EXIT_NON_FINITE, EXIT_MEMORY, EXIT_INTERRUPTED = 2, 3, 4, 130
+EXIT_BUG, EXIT_INPUT, EXIT_NON_FINITE, EXIT_MEMORY, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 MODEL_VARIABLE, CACHE_VARIABLE = "L2P_MODEL", "L2P_CACHE_DIR"
 
 EXIT_CODES = """\
@@ -105,6 +107,20 @@ def inspect_command(arguments: argparse.Namespace) -> int:
     return 0 if report.accepted else EXIT_INPUT
 
 
+def selftest_command(arguments: argparse.Namespace) -> int:
+    from .selftest import Check, run_checks
+
+    def tell(check: Check) -> None:
+        verdict = "skipped" if check.difference is None else "equal" if check.passed else "DIFFERENT"
+        if not arguments.json:
+            print_line(f"{verdict:9} {check.device}: {check.what}{'  ' + check.note if check.note else ''}")
+
+    checks = run_checks(tell)
+    if arguments.json:
+        print_line(json.dumps([{**asdict(check), "passed": check.passed} for check in checks], indent=2))
+    return 0 if all(check.passed for check in checks) else EXIT_BUG
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
@@ -119,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_inspect(commands)
+    _add_selftest(commands)
     for add in (add_quantize, add_dequantize):
         add(lambda name, text, epilog, run: _command(commands, name, text, f"{epilog}\n{EXIT_CODES}", run))
     return parser
@@ -250,6 +267,17 @@ def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
         inspect_command,
     )
     parser.add_argument("file", metavar="FILE", help="a .safetensors file, a shard index, or a model folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_selftest(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "selftest",
+        "compare the streamed demo model with the whole one, bit for bit, on every device",
+        f"{EXIT_CODES} (1 also for a difference)",
+        selftest_command,
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -6,6 +6,7 @@ make the features are used; the last layer, the final norm and `lm_head` may be 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

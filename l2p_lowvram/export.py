@@ -7,6 +7,7 @@ lazily made tensors or quantised linear weights. A `LayoutStyle` says how the fi
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import DEFAULT_ROPE_AXES, ModelConfig
+from .families import with_family_defaults
 from .linear import Rotation, scale_block
 from .markers import QUANTIZATION_METADATA, marker_json
 from .naming import MARKER, QKV, QKV_PARTS, original_module
@@ -26,28 +28,57 @@ from .settings import METADATA_ENTRY, settings_json
 
 # What the published INT8 files quantise: the five linear layers of the main stack.
 DEFAULT_TARGETS = ("layers.*.attention.qkv", "layers.*.attention.out", "layers.*.feed_forward.w[123]")
+_RUN_ELEMENTS = 2 << 20
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made, or read, when its turn comes."""
+    """A tensor that is made, or read, when its turn comes.
+
+    read: makes it whole. read_rows: makes rows start to stop of it, in any order and on any thread; None
+        where it only comes whole.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    read_rows: Callable[[int, int], Tensor] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
         return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
+    @classmethod
+    def of_rows(cls, dtype: torch.dtype, shape: tuple[int, ...], read_rows: Callable[[int, int], Tensor]) -> LazyTensor:
+        return cls(dtype, shape, lambda: read_rows(0, shape[0]), read_rows)
+
     def rows(self, start: int, stop: int) -> LazyTensor:
-        return LazyTensor(self.dtype, (stop - start, *self.shape[1:]), lambda: self.read()[start:stop])
+        shape, read_rows = (stop - start, *self.shape[1:]), self.read_rows
+        if read_rows is None:
+            return LazyTensor(self.dtype, shape, lambda: self.read()[start:stop])
+        return LazyTensor.of_rows(self.dtype, shape, lambda first, last: read_rows(start + first, start + last))
 
     def reshaped(self, *shape: int) -> LazyTensor:
         return LazyTensor(self.dtype, shape, lambda: self.read().reshape(shape))
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
-        return LazyTensor(dtype, self.shape, lambda: self.read().to(dtype))
+        read_rows = self.read_rows
+        if dtype == self.dtype:
+            return self
+        if read_rows is None:
+            return LazyTensor(dtype, self.shape, lambda: self.read().to(dtype))
+        return LazyTensor.of_rows(dtype, self.shape, lambda start, stop: read_rows(start, stop).to(dtype))
+
+
+def run_rows(shape: tuple[int, ...]) -> int:
+    """How many rows of a tensor of `shape` make a run of at most a few MiB, one at least."""
+    return max(_RUN_ELEMENTS // max(math.prod(shape[1:]), 1), 1)
+
+
+def row_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of all such runs."""
+    step = run_rows(shape)
+    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 @dataclass(frozen=True)
@@ -83,7 +114,7 @@ class LayoutStyle:
     scale_rank: axes of a scale: row scales (N) or (N, 1), tensor scales (), (1) or (1, 1); by default
         (N, 1) and ().
     marker: where a quantised layer is declared: a `comfy_quant` tensor, one that lacks the format, one
-        that nests the rest in `params`, the file metadata, or nowhere.
+        that nests the rest in `params`, the file metadata, a tensor and the metadata ("both"), or nowhere.
     extras: also the tensors that readers have to ignore.
     """
 
@@ -94,7 +125,7 @@ class LayoutStyle:
     scale_key: Literal["weight_scale", "scale_weight"] = "weight_scale"
     scale_rank: int | None = None
     scale_dtype: torch.dtype = torch.float32
-    marker: Literal["tensor", "no-format", "nested", "metadata", "none"] = "tensor"
+    marker: Literal["tensor", "no-format", "nested", "metadata", "both", "none"] = "tensor"
     metadata_prefix: bool = True
     extras: bool = False
 
@@ -138,15 +169,19 @@ def save_model(
     overwrite: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> int:
-    """Write a model in `style`; returns the file's bytes.
-
-    Where the head width alone does not tell the RoPE axes, they go into the metadata with the sampling
-    defaults, so that the file can be used without an `l2p.json`.
-    """
+    """Write a model in `style`; returns the file's bytes."""
     entries, own = model_entries(state, style or LayoutStyle(), config.patch_size)
-    if config.rope_axes != DEFAULT_ROPE_AXES.get(config.head_dim):
-        own[METADATA_ENTRY] = settings_json(config)
-    return write_safetensors(path, entries, {**own, **(metadata or {})}, overwrite=overwrite, progress=progress)
+    own |= settings_metadata(config) | dict(metadata or {})
+    return write_safetensors(path, entries, own, overwrite=overwrite, progress=progress)
+
+
+def settings_metadata(config: ModelConfig) -> dict[str, str]:
+    """What a file has to say itself to be used without an `l2p.json`: RoPE axes and sampling defaults, where
+    head width and family alone do not tell them."""
+    known_axes = config.rope_axes == DEFAULT_ROPE_AXES.get(config.head_dim)
+    if known_axes and config.defaults == with_family_defaults(config).defaults:
+        return {}
+    return {METADATA_ENTRY: settings_json(config)}
 
 
 def save_checkpoint(
@@ -257,10 +292,13 @@ def _marker(value: QuantizedWeight) -> str:
 
 def _declared(markers: Mapping[str, str], style: LayoutStyle) -> tuple[list[TensorEntry], dict[str, str]]:
     """Markers (module -> JSON) as tensors or as file metadata."""
-    if style.marker == "metadata":
+    metadata: dict[str, str] = {}
+    if style.marker in ("metadata", "both") and markers:
         prefix = style.prefix if style.metadata_prefix else ""
         layers = {prefix + module: json.loads(text) for module, text in markers.items()}
-        return [], {QUANTIZATION_METADATA: json.dumps({"format_version": "1.0", "layers": layers})}
+        metadata[QUANTIZATION_METADATA] = json.dumps({"format_version": "1.0", "layers": layers})
+    if style.marker == "metadata":
+        return [], metadata
     if style.marker == "none":
         rotated = next((module for module, text in markers.items() if "convrot" in text), None)
         if rotated is not None:
@@ -269,11 +307,11 @@ def _declared(markers: Mapping[str, str], style: LayoutStyle) -> tuple[list[Tens
     return [
         _entry(f"{style.prefix}{module}.{MARKER}", _text_tensor(_restyled(text, style)))
         for module, text in markers.items()
-    ], {}
+    ], metadata
 
 
 def _restyled(text: str, style: LayoutStyle) -> str:
-    if style.marker == "tensor":
+    if style.marker in ("tensor", "both"):
         return text
     values = json.loads(text)
     kind = values.pop("format")
@@ -293,4 +331,6 @@ def _text_tensor(text: str) -> LazyTensor:
 
 
 def _entry(name: str, tensor: LazyTensor) -> TensorEntry:
+    if tensor.read_rows is not None:
+        return TensorEntry.of_rows(name, tensor.dtype, tensor.shape, tensor.read_rows, run_rows(tensor.shape))
     return TensorEntry.of(name, tensor.dtype, tensor.shape, tensor.read)

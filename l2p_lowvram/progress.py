@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,23 @@ from tqdm import tqdm
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
 # Into a log file a line now and then will do.
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.1, 10.0
+
+
+@contextmanager
+def byte_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """A bar over `total` bytes with rate and remaining time; what it yields is told the bytes done since last time."""
+    interval = _TERMINAL_SECONDS if sys.stderr is not None and sys.stderr.isatty() else _LOG_SECONDS
+    with tqdm(
+        desc=label,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        mininterval=interval,
+        dynamic_ncols=True,
+        disable=quiet,
+    ) as bar:
+        yield bar.update
 
 
 class Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ INT8_MAX = 127.0
 # An all-zero row would divide by zero; any positive scale gives its zeros back.
 _SMALLEST_SCALE = 1e-30
 _FLOAT8_MAX = 448.0
+_CACHED_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,42 @@ class Scheme:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (N, K) -> int8 (N, K) and one fp32 scale a row (N, 1)."""
-    weight = weight.float()
-    scale = _scale(weight.abs().amax(1, keepdim=True))
-    return _round(weight / scale), scale
+    """weight (N, K) -> int8 (N, K) and one fp32 scale a row (N, 1).
+
+    Rows never interact: any run of them gives what it gives within the whole.
+    """
+    stored = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(weight.shape[0], 1)
+    for values, rounded, scales in _few_rows(weight, stored, scale):
+        values = values.float()
+        scales.copy_(_scale(absmax(values, 1)))
+        rounded.copy_(_rounded(values / scales))
+    return stored, scale
 
 
-def quantize_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (N, K) -> int8 (N, K) and a single fp32 scale ()."""
-    weight = weight.float()
-    scale = _scale(weight.abs().amax())
-    return _round(weight / scale), scale
+def quantize_tensor(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> int8 (N, K) and a single fp32 scale ().
+
+    scale: `tensor_scale` of the whole, where `weight` is some of its rows.
+    """
+    scale = tensor_scale(absmax(weight)) if scale is None else scale
+    stored = torch.empty(weight.shape, dtype=torch.int8)
+    for values, rounded in _few_rows(weight, stored):
+        rounded.copy_(_rounded(values.float() / scale))
+    return stored, scale
+
+
+def tensor_scale(largest: Tensor) -> Tensor:
+    """The scale () of a weight whose values are at most `largest` () in magnitude."""
+    return _scale(largest.float())
+
+
+def absmax(values: Tensor, dim: int | None = None) -> Tensor:
+    """The largest magnitude, along `dim` (kept) or of all; NaN where there is one."""
+    # Not abs().amax(), which writes a copy, nor vector_norm, whose kernel is ten times slower.
+    if dim is None:
+        return torch.maximum(values.amax(), -values.amin())
+    return torch.maximum(values.amax(dim, keepdim=True), -values.amin(dim, keepdim=True))
 
 
 def quantize_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +107,7 @@ def quantize_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"a weight of shape {list(weight.shape)} has no whole number of blocks of {block}")
     grid = weight.float().unflatten(0, (-1, block)).unflatten(2, (-1, block))  # (N/b, b, K/b, b)
     scale = _scale(grid.abs().amax((1, 3)))
-    return _round(grid / scale[:, None, :, None]).reshape(rows, columns), scale
+    return _rounded(grid / scale[:, None, :, None]).to(torch.int8).reshape(rows, columns), scale
 
 
 def quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,9 +116,16 @@ def quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def _scale(absmax: Tensor) -> Tensor:
-    return (absmax / INT8_MAX).clamp_min(_SMALLEST_SCALE)
+def _few_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same run of rows of each, short enough to stay in the processor's cache through several operations."""
+    rows = max(_CACHED_ELEMENTS // max(tensors[0].shape[1], 1), 1)
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
-def _round(values: Tensor) -> Tensor:
-    return values.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+def _scale(largest: Tensor) -> Tensor:
+    return (largest / INT8_MAX).clamp_min(_SMALLEST_SCALE)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """In place."""
+    return values.round_().clamp_(-INT8_MAX, INT8_MAX)

@@ -1,11 +1,13 @@
-"""Writing safetensors files tensor by tensor, so that memory holds one at a time."""
+"""Writing safetensors files piece by piece, so that memory holds a few pieces at a time."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +19,8 @@ from offload.header import DTYPES
 
 from .whole_file import whole_file
 
+Buffer = bytes | memoryview
+
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -26,17 +30,37 @@ class TensorEntry:
 
     dtype: as safetensors spells it. data: called once, when its turn comes; yields its bytes,
     little-endian and row by row, in pieces of any size (buffers with one-byte items).
+    ahead: the same pieces one by one, each made by a function that may be called before its turn and on
+        another thread; empty where the data has to wait for its turn.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: Callable[[], Iterable[bytes | memoryview]]
+    data: Callable[[], Iterable[Buffer]]
+    ahead: tuple[Callable[[], Buffer], ...] = ()
 
     @classmethod
     def of(cls, name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]) -> TensorEntry:
         """An entry whose bytes are those of the CPU tensor that `read` returns when they are needed."""
         return cls(name, _DTYPE_NAMES[dtype], shape, lambda: [tensor_buffer(read())])
+
+    @classmethod
+    def of_rows(
+        cls,
+        name: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        read: Callable[[int, int], Tensor],
+        rows: int,
+    ) -> TensorEntry:
+        """An entry made of runs of `rows` rows; `read(start, stop)` returns one, on any thread."""
+
+        def piece(start: int) -> Callable[[], Buffer]:
+            return lambda: tensor_buffer(read(start, min(start + rows, shape[0])))
+
+        pieces = tuple(piece(start) for start in range(0, shape[0], rows))
+        return cls(name, _DTYPE_NAMES[dtype], shape, lambda: (make() for make in pieces), pieces)
 
     @property
     def nbytes(self) -> int:
@@ -79,24 +103,27 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     *,
     overwrite: bool = False,
+    durable: bool = False,
+    threads: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> int:
     """Write a safetensors file and return its size in bytes.
 
     The file appears under its name only when it is whole, and nothing is left when anything goes wrong,
-    Ctrl-C included. `progress` is told the bytes of every piece written. Raises FileExistsError unless
-    `overwrite`, ValueError for an entry whose data is not as long as its shape says.
+    Ctrl-C included. threads: how many make pieces ahead while others are written, at most two each.
+    durable: as for `whole_file`. `progress` is told the bytes of every piece written. Raises
+    FileExistsError unless `overwrite`, ValueError for an entry whose data is not as long as its shape says.
     """
     path = Path(path)
     entries = list(entries)
     header = encode_header(entries, metadata)
     if path.exists() and not overwrite:  # asked again at the end: the writing may take minutes
         raise FileExistsError(errno.EEXIST, "already exists", str(path))
-    with whole_file(path, overwrite=overwrite) as file:
+    with whole_file(path, overwrite=overwrite, durable=durable) as file, _Ahead(entries, threads) as ahead:
         file.write(header)
         for entry in entries:
             written = 0
-            for piece in entry.data():
+            for piece in ahead.pieces(entry):
                 file.write(piece)
                 written += len(piece)
                 if progress is not None:
@@ -105,3 +132,35 @@ def write_safetensors(
                 reason = f"{entry.dtype} {list(entry.shape)} takes {entry.nbytes} bytes"
                 raise ValueError(f"tensor {entry.name!r}: {reason}, its data has {written}")
     return len(header) + sum(entry.nbytes for entry in entries)
+
+
+class _Ahead:
+    """The pieces of entries, each in its turn; those that may be made ahead are, across entries.
+
+    Pieces of an entry that waits for its turn are asked for when all before them have been made.
+    """
+
+    def __init__(self, entries: Sequence[TensorEntry], threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, "write-ahead") if threads else None
+        self._limit = 2 * threads
+        self._waiting = (make for entry in entries for make in entry.ahead)
+        self._begun: deque[Future[Buffer]] = deque()
+
+    def pieces(self, entry: TensorEntry) -> Iterable[Buffer]:
+        """For every entry once, in order."""
+        if self._pool is None or not entry.ahead:
+            return entry.data()
+        return self._made(self._pool, len(entry.ahead))
+
+    def _made(self, pool: ThreadPoolExecutor, count: int) -> Iterator[Buffer]:
+        for _ in range(count):
+            while len(self._begun) < self._limit and (make := next(self._waiting, None)) is not None:
+                self._begun.append(pool.submit(make))
+            yield self._begun.popleft().result()
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

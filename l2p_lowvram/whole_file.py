@@ -11,23 +11,31 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, overwrite: bool, durable: bool = False) -> Iterator[BinaryIO]:
     """A file to write to that stands under `path` once the block ends, and nowhere if it raises.
 
     It is written under a hidden name in the same folder and then moved, so a reader of `path` never
     sees half of it; an exception, Ctrl-C included, removes it. Without `overwrite`, FileExistsError if
-    the name is taken, also when it was taken meanwhile. OSErrors name `path`.
+    the name is taken, also when it was taken meanwhile. OSErrors about it name `path`.
+    durable: on the disk before it gets its name, so that a power cut leaves no half of it either.
     """
     hidden = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         # Not tempfile: that makes files only their owner can read.
         with hidden.open("xb") as file:
             yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         if overwrite:
             hidden.replace(path)
         else:
             _move_to_free_name(hidden, path)
+        if durable:
+            _sync_folder(path.parent)
     except OSError as error:
+        if error.filename is not None and Path(error.filename) != hidden:
+            raise  # about another file that the block uses
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         hidden.unlink(missing_ok=True)
@@ -48,3 +56,14 @@ def _move_to_free_name(source: Path, target: Path) -> None:
         except BaseException:
             target.unlink(missing_ok=True)
             raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in `folder` as lasting as the files; nothing where the system opens no folders (Windows)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
