@@ -113,7 +113,7 @@ class L2PPipeline:
         self.identity = identity or {}
         self._warnings = tuple(warnings)
         self.on_progress: ProgressCallback | None = None
-        self._prompts = prompt_encoder
+        self.prompt_encoder = prompt_encoder
         self._interrupted = False
 
     @classmethod
@@ -157,21 +157,21 @@ class L2PPipeline:
         kind = choose_dtype(dtype, place)
         memory = MemoryOptions(_bytes(vram, "vram"), _bytes(ram, "ram"), _bytes(pin, "pin"), io, slots)
         files = locate_model(model, text_encoder=text_encoder, tokenizer=tokenizer)
-        return cls.from_files(files, place, kind, memory=memory, prompt_cache=prompt_cache, bf16_timestep=bf16_timestep)
+        return cls.from_streamer(
+            files, Streamer(place, memory), kind, prompt_cache=prompt_cache, bf16_timestep=bf16_timestep
+        )
 
     @classmethod
-    def from_files(
+    def from_streamer(
         cls,
         files: ModelFiles,
-        device: torch.device,
+        streamer: Streamer,
         dtype: torch.dtype,
         *,
-        memory: MemoryOptions | None = None,
         prompt_cache: bool | str | os.PathLike[str] | None = None,
         bf16_timestep: bool = False,
     ) -> L2PPipeline:
-        """`from_pretrained` once it is known which files make up the model."""
-        streamer = Streamer(device, MemoryOptions() if memory is None else memory)
+        """`from_pretrained` once it is known which files make up the model, and who streams them."""
         encoder = files.text_encoder(streamer, dtype)
         tokenizer = files.tokenizer() if encoder is not None else None
         if encoder is not None:
@@ -191,7 +191,7 @@ class L2PPipeline:
             streamer=streamer,
             text_encoder=encoder,
             prompt_encoder=prompts,
-            device=device,
+            device=streamer.device,
             dtype=dtype,
             bf16_timestep=bf16_timestep,
             identity=identity,
@@ -230,7 +230,7 @@ class L2PPipeline:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is odd about the model, and why prompts are not cached if that failed."""
-        cache = self._prompts.cache if self._prompts is not None else None
+        cache = self.prompt_encoder.cache if self.prompt_encoder is not None else None
         return self._warnings if cache is None or cache.warning is None else (*self._warnings, cache.warning)
 
     def interrupt(self) -> None:
@@ -248,11 +248,11 @@ class L2PPipeline:
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """`encode_prompt` of several prompts, for which the encoder's weights are read once."""
-        if self._prompts is None:
+        if self.prompt_encoder is None:
             raise ValueError(
                 "this model has no text encoder; give text_encoder= and tokenizer=, or run from prompt_embeds"
             )
-        found = self._prompts(prompts, self._report("text encoder"))
+        found = self.prompt_encoder(prompts, self._report("text encoder"))
         if not all(bool(features.isfinite().all()) for features in found):
             raise NonFiniteError("text encoder", hint="try dtype fp32")
         return [outside_inference_mode(features.to(self.device, self.dtype)) for features in found]
@@ -488,11 +488,11 @@ class L2PPipeline:
     def _cfg_scale(self, value: float | None, negative: Embeds | None) -> float:
         """The guidance asked for; by default the model's, or none where no negative prompt can be had."""
         if value is None:
-            guided = self._prompts is not None or negative is not None
+            guided = self.prompt_encoder is not None or negative is not None
             return self.config.defaults.cfg_scale if guided else 1.0
         if not np.isfinite(value):
             raise ValueError(f"cfg_scale must be a finite number, got {value!r}")
-        if value != 1 and self._prompts is None and negative is None:
+        if value != 1 and self.prompt_encoder is None and negative is None:
             raise ValueError(
                 f"cfg_scale {value:g} needs a negative prompt, which a model without a text encoder cannot "
                 "make; give negative_prompt_embeds or cfg_scale=1"

@@ -238,7 +238,7 @@ class Streamer:
             return self._open_mapped(model, checkpoint, work, io)
         plan = self._plan_with_room(work)
         with ExitStack() as stack:
-            reader = stack.enter_context(Reader(checkpoint, io=io.io))
+            reader = stack.enter_context(self.open_reader(checkpoint, io.io))
             ring = stack.enter_context(
                 Ring(
                     work.blocks,
@@ -256,6 +256,10 @@ class Streamer:
         self.streams.append(stream)
         return stream
 
+    def open_reader(self, checkpoint: Checkpoint, io: str) -> Reader:
+        """What reads a phase's files. Raises CheckpointError, OSError."""
+        return Reader(checkpoint, io=io)
+
     def plan(self, work: Work) -> ResidencyPlan:
         """Where the blocks of a phase will live, beside those of the phases that are open. Raises BudgetError."""
         is_cpu = self.device.type == "cpu"
@@ -264,7 +268,8 @@ class Streamer:
         try:
             return plan_residency(work.costs(), rates, budget, slots=self.options.slots)
         except BudgetError as error:
-            raise BudgetError(f"{work.phase}: {error}; give more with {_option(error, is_cpu=is_cpu)}") from None
+            message = f"{work.phase}: {error}; give more with {_option(error, is_cpu=is_cpu)}"
+            raise BudgetError(message, error.needed) from None
 
     def _plan_with_room(self, work: Work) -> ResidencyPlan:
         """`plan`, if need be after closing the other phases."""

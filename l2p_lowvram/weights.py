@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from offload import Checkpoint, CheckpointError, TensorSource
 from offload.header import shown
-from offload.mapped import read_source
+from offload.mapped import read_aligned, read_source
 
 from .layout import ModelLayout
 from .linear import Linear
@@ -41,14 +41,14 @@ def load_transformer(
 ) -> L2PTransformer:
     """The model with all its weights, in their stored dtypes, on `device`: the plain way, without a budget.
 
-    On the CPU, parameters are read-only views of the mapped file, which pages in on first use; only a
-    qkv that the file keeps split is copied. They stay valid after the checkpoint is closed.
+    On the CPU, parameters are read-only views of the mapped file, which pages in on first use; copied are
+    a qkv that the file keeps split and floats that it does not align. They stay valid after the checkpoint is closed.
     Raises CheckpointError for scales that are not finite.
     """
     check_scales(checkpoint, layout.sources.values())
     model = build_transformer(layout)
     for source in layout.sources.values():
-        bind(model, source.name, read_source(checkpoint, source).to(device))
+        bind(model, source.name, read_aligned(checkpoint, source).to(device))
     return model
 
 

@@ -87,7 +87,10 @@ class Device(Protocol):
     def new_counter(self) -> Counter: ...
 
     def device_buffer(self, nbytes: int) -> Tensor:
-        """uint8, its start aligned to at least 256 bytes."""
+        """uint8, its start aligned to at least 256 bytes.
+
+        Copies queued from now on come after all compute queued so far: the memory may have been another's.
+        """
 
     def pinned_buffer(self, nbytes: int) -> Tensor:
         """uint8 in host memory that the device copies from without the host's help."""
@@ -127,7 +130,7 @@ class HostCounter:
 
 
 class CourierThread:
-    """A Worker on a thread of its own. An error of a wait is thrown into the courier, to clean up."""
+    """A Worker on a thread of its own. A wait that fails ends the courier, which cleans up as it is closed."""
 
     def __init__(self, courier: Courier) -> None:
         # A daemon: a caller who never closes the ring must still be able to end the program.

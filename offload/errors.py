@@ -28,4 +28,14 @@ class CheckpointError(ValueError):
 
 
 class BudgetError(ValueError):
-    """A byte budget is too small; the message says what would fit."""
+    """A byte budget is too small; the message says what would fit.
+
+    needed: the smallest budget that would do, in bytes.
+    """
+
+    def __init__(self, message: str, needed: int = 0) -> None:
+        super().__init__(message, needed)
+        self.needed = needed
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -64,10 +64,9 @@ class MappedBlocks:
             self.timeline.add("compute", name, lent, time.perf_counter())
 
     def _tensor(self, source: TensorSource) -> Tensor:
-        tensor = read_source(self._checkpoint, source)
         if self._device.type == "cpu":
-            odd = tensor.dtype.is_floating_point and tensor.data_ptr() % ALIGNMENT != 0
-            return _aligned_copy(tensor) if odd and tensor.numel() else tensor
+            return read_aligned(self._checkpoint, source)
+        tensor = read_source(self._checkpoint, source)
         self.copied_bytes += tensor.nbytes
         return tensor.to(self._device)
 
@@ -89,7 +88,15 @@ class MappedBlocks:
         self.close()
 
 
-def _aligned_copy(tensor: Tensor) -> Tensor:
+def read_aligned(checkpoint: Checkpoint, source: TensorSource) -> Tensor:
+    """`read_source`, floats that the file does not align copied to where a slot would align them.
+
+    CPU kernels round by address: so the same arithmetic has the same bits here and in a slot. Integers
+    are never computed on as they lie.
+    """
+    tensor = read_source(checkpoint, source)
+    if not tensor.dtype.is_floating_point or tensor.data_ptr() % ALIGNMENT == 0 or tensor.numel() == 0:
+        return tensor
     copy = aligned_buffer(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape)
     return copy.copy_(tensor)
 

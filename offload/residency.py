@@ -167,7 +167,8 @@ def _require_device(blocks: Sequence[BlockCost], budget: Budget) -> None:
         parts += f" + reserved {format_bytes(budget.reserved)}"
     raise BudgetError(
         f"{budget.name} {format_bytes(budget.device)} is too small: {parts} = {format_bytes(needed)}; "
-        f"the nearest plan that fits takes {needed} bytes"
+        f"the nearest plan that fits takes {needed} bytes",
+        needed,
     )
 
 
@@ -177,7 +178,8 @@ def _require_staging(blocks: Sequence[BlockCost], rates: Rates, budget: Budget) 
     if budget.staging > budget.host:
         raise BudgetError(
             f"host budget {format_bytes(budget.host)} is too small: the staging ring takes "
-            f"{format_bytes(budget.staging)}; the nearest plan that fits takes {budget.staging} bytes"
+            f"{format_bytes(budget.staging)}; the nearest plan that fits takes {budget.staging} bytes",
+            budget.staging,
         )
 
 

@@ -94,12 +94,14 @@ class Ring:
         self._reader = reader
         self._poison = poison
         self._copies = device.new_stream("copy")
+        self._computed_on = device.compute_stream()
+        # Before the homes: where pins run short, the buffers that every streamed byte passes come first.
+        self._staging = _staging(plan, device)
         self._homes = _homes(blocks, plan, device)
         self._index = {home.block.name: index for index, home in enumerate(self._homes)}
         self._rounds = [index for index, home in enumerate(self._homes) if home.block.name not in once]
         self._slots = _slots(plan, device)
         self._cycle = SlotCycle(len(self._slots)) if self._slots else None
-        self._staging = _staging(plan, device)
         self._chunk_bytes = self._staging[0].buffer.nbytes if self._staging else CHUNK_BYTES
         # Recorded once, so that waiting for them is always defined.
         for slot in self._slots:
@@ -122,7 +124,7 @@ class Ring:
             raise ValueError(f"block {name} cannot be visited: {self._visiting or 'the ring is closed'}")
         asked = time.perf_counter()
         visit = self._take(self._index[name])
-        compute = self._device.compute_stream()
+        compute = self._computed_on = self._device.compute_stream()
         self._await_ready(visit, compute)
         self._visiting = f"block {name} is being visited"
         self.visits += 1
@@ -219,8 +221,8 @@ class Ring:
         """End the courier and let go of all memory. May be called twice. Tensors of visits become garbage."""
         self._closed = True
         self._stop()
-        # Other streams, the caller's too, may still use what is freed here.
-        self._device.compute_stream().synchronize()
+        # Other streams may still use what is freed here; visits ran on the one they left in `_computed_on`.
+        self._computed_on.synchronize()
         self._reset(0)
         self._homes, self._slots, self._staging = [], [], []
         self._views.clear()

@@ -248,7 +248,7 @@ def test_a_hazard_names_both_sides_and_their_bytes() -> None:
 
     message = device.hazards[0].message
     assert message.startswith("copy on stream copy, which writes bytes ")
-    assert "of device buffer 1, not ordered after noise.0 on stream compute, which reads bytes " in message
+    assert "of device buffer 2, not ordered after noise.0 on stream compute, which reads bytes " in message
 
 
 def test_reports_are_the_same_every_time() -> None:

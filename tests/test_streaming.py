@@ -1,0 +1,292 @@
+"""The pipeline on streamed weights: the same bits under every budget, every fault ends cleanly, nothing is left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from l2p_lowvram import L2PPipeline, cli
+from l2p_lowvram.layout import read_layout
+from l2p_lowvram.model_weights import cut_into_blocks
+from l2p_lowvram.report import phase_table
+from l2p_lowvram.repository import locate_model
+from l2p_lowvram.selftest import DelayedReader
+from l2p_lowvram.streaming import MemoryOptions, Streamer
+from l2p_lowvram.weights import build_transformer, lent, load_transformer
+from offload import BudgetError, Checkpoint, CheckpointError, Reader, Tier
+from tests import goldens
+
+STEPS = 3
+FAST = {"width": 64, "height": 32, "num_inference_steps": STEPS, "output_type": "pt", "seed": 1}
+
+
+def features(seed: int, tokens: int = 9) -> Tensor:
+    return torch.randn(tokens, 48, generator=torch.Generator().manual_seed(seed))
+
+
+PROMPT = {"prompt_embeds": features(1), "negative_prompt_embeds": features(2, tokens=40)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No thread and no descriptor stays behind, however a test's pipelines ended."""
+    gc.collect()
+    before = psutil.Process().num_fds()
+    yield
+    gc.collect()  # tracebacks keep frames, and those pipelines
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("offload")] == []
+    assert psutil.Process().num_fds() <= before
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return goldens.write_checkpoint("a_mini", tmp_path)
+
+
+def smallest_ram(model: Path) -> int:
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=1) as pipe, pytest.raises(BudgetError) as refusal:
+        pipe(**PROMPT, **FAST)
+    return refusal.value.needed
+
+
+def resident_picture(model: Path) -> Tensor:
+    """By the model with all its weights, without any streaming."""
+    with Checkpoint.open(model) as checkpoint:
+        transformer = load_transformer(checkpoint, read_layout(checkpoint))
+    return L2PPipeline(transformer)(**PROMPT, **FAST).images
+
+
+@pytest.mark.parametrize("io", ["read", "direct", "mmap"])
+@pytest.mark.parametrize("extra", [0, 300_000, 1 << 40])
+def test_every_budget_and_every_way_of_reading_give_the_same_bits(model: Path, io: str, extra: int) -> None:
+    streamer = Streamer(torch.device("cpu"), MemoryOptions(ram=smallest_ram(model) + extra, io=io, poison=True))
+    files = locate_model(model)
+
+    with L2PPipeline.from_streamer(files, streamer, torch.float32) as pipe:
+        picture = pipe(**PROMPT, **FAST).images
+        plans = [stream.plan for stream in streamer.streams]
+
+    assert torch.equal(picture, resident_picture(model))
+    if io != "mmap":
+        (plan,) = plans
+        assert plan is not None
+        assert plan.device_bytes <= streamer.options.ram
+        assert extra or plan.count(Tier.DEVICE) == 0
+        assert extra < 1 << 40 or plan.count(Tier.DISK) == len(visited_once(model))
+
+
+def visited_once(model: Path) -> frozenset[str]:
+    """Blocks visited once: they are never kept."""
+    with Checkpoint.open(model) as checkpoint:
+        return cut_into_blocks(read_layout(checkpoint))[1]
+
+
+def test_one_byte_less_than_the_smallest_budget_is_refused_with_the_numbers(model: Path) -> None:
+    least = smallest_ram(model)
+
+    with (
+        L2PPipeline.from_pretrained(model, dtype="fp32", ram=least - 1) as pipe,
+        pytest.raises(BudgetError, match=rf"64x32: RAM budget .* takes {least} bytes; give more with --ram"),
+    ):
+        pipe(**PROMPT, **FAST)
+
+
+def test_a_step_reads_every_streamed_block_once_for_both_branches(model: Path) -> None:
+    with Checkpoint.open(model) as checkpoint:
+        blocks, once = cut_into_blocks(read_layout(checkpoint))
+    per_step = sum(block.layout.read_bytes for block in blocks if block.name not in once)
+    first = sum(block.layout.read_bytes for block in blocks if block.name in once)
+
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+        pipe(**PROMPT, **FAST)
+        (stream,) = pipe.streamer.streams
+        (figures,) = pipe.phases
+        visited = [span.what for span in stream.source.timeline.lane("compute")]
+
+    prefetched = figures.read_bytes - first - STEPS * per_step
+    assert visited == [block.name for block in blocks] + [b.name for b in blocks if b.name not in once] * (STEPS - 1)
+    assert 0 <= prefetched < per_step  # the courier is ahead, into the step that never comes
+    assert figures.tiers == {"disk": len(blocks)}
+
+
+def test_weights_stay_for_the_next_picture_and_captions_for_the_same_prompt(model: Path) -> None:
+    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+        first = pipe(**PROMPT, **FAST).images
+        read = pipe.phases[0].read_bytes
+        second = pipe(**PROMPT, **FAST).images
+
+        assert len(pipe.phases) == 1
+        assert pipe.phases[0].read_bytes == read
+        other = pipe(prompt_embeds=features(3), negative_prompt_embeds=features(2), **FAST).images
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_a_closed_pipeline_can_be_used_again(model: Path) -> None:
+    pipe = L2PPipeline.from_pretrained(model, dtype="fp32")
+    first = pipe(**PROMPT, **FAST).images
+    pipe.close()
+    again = pipe(**PROMPT, **FAST).images
+    pipe.close()
+    pipe.close()
+
+    assert torch.equal(first, again)
+
+
+def test_two_pipelines_in_one_process_do_not_disturb_each_other(model: Path) -> None:
+    ram = smallest_ram(model)
+    expected = resident_picture(model)
+    found: list[Tensor] = []
+
+    def draw() -> None:
+        with L2PPipeline.from_pretrained(model, dtype="fp32", ram=ram) as pipe:
+            found.append(pipe(**PROMPT, **FAST).images)
+
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [torch.equal(picture, expected) for picture in found] == [True, True]
+
+
+class LateStreamer(Streamer):
+    def open_reader(self, checkpoint: Checkpoint, io: str) -> Reader:
+        return DelayedReader(checkpoint, io=io)
+
+
+def test_late_reads_change_nothing(model: Path) -> None:
+    streamer = LateStreamer(torch.device("cpu"), MemoryOptions(ram=smallest_ram(model), poison=True))
+
+    with L2PPipeline.from_streamer(locate_model(model), streamer, torch.float32) as pipe:
+        assert torch.equal(pipe(**PROMPT, **FAST).images, resident_picture(model))
+
+
+@pytest.mark.parametrize("change", ["truncated", "replaced", "touched"])
+def test_a_file_that_changes_under_way_stops_the_run_by_name(model: Path, change: str) -> None:
+    whole = model.read_bytes()
+
+    def spoil(pipe: L2PPipeline, step: int, sigma: float, tensors: dict[str, Tensor]) -> None:
+        if change == "truncated":
+            os.truncate(model, 9000)
+        elif change == "replaced":
+            model.unlink()
+            model.write_bytes(whole[:-1])
+        else:
+            os.utime(model, ns=(1, 1))
+
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+        with pytest.raises(CheckpointError, match=rf"{model.name}.*(replaced|cut short|modified since)"):
+            pipe(**PROMPT, **FAST, callback_on_step_end=spoil)
+        model.write_bytes(whole)
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+        assert torch.equal(pipe(**PROMPT, **FAST).images, resident_picture(model))
+
+
+def test_an_exception_inside_a_block_leaves_a_pipeline_that_works(model: Path, monkeypatch) -> None:
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+        block = pipe.transformer.layers[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(block, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                pipe(**PROMPT, **FAST)
+
+        assert block.attention.qkv.weight.is_meta
+        assert torch.equal(pipe(**PROMPT, **FAST).images, resident_picture(model))
+
+
+def test_an_interrupted_run_leaves_a_pipeline_that_works(model: Path) -> None:
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+        pipe(**PROMPT, **FAST, callback_on_step_end=lambda pipe, *_: pipe.interrupt())
+
+        assert torch.equal(pipe(**PROMPT, **FAST).images, resident_picture(model))
+
+
+def test_a_pipeline_nobody_closes_is_closed_by_the_garbage_collector(model: Path) -> None:
+    pipe = L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model))
+    pipe(**PROMPT, **FAST)
+    assert any(thread.name.startswith("offload") for thread in threading.enumerate())
+
+    del pipe  # and the fixture looks for what is left
+
+
+def test_lent_weights_are_gone_after_the_visit(model: Path) -> None:
+    with Checkpoint.open(model) as checkpoint:
+        transformer = build_transformer(read_layout(checkpoint))
+    weight = torch.ones(transformer.x_embedder.weight.shape)
+
+    with lent(transformer, {"x_embedder.weight": weight}):
+        assert transformer.x_embedder.weight is weight
+
+    assert transformer.x_embedder.weight.is_meta
+
+
+def test_vram_on_the_cpu_is_refused_with_the_way_out(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"on the CPU device memory is RAM, give --ram instead"):
+        L2PPipeline.from_pretrained(model, device="cpu", vram="6GiB")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ram": "lots"}, "ram: cannot read 'lots' as a size"),
+        ({"io": "tape"}, "io must be one of auto, read, direct, mmap, got 'tape'"),
+        ({"slots": 1}, "the ring needs at least 2 slots, got 1"),
+    ],
+)
+def test_memory_options_that_mean_nothing_are_refused(model: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        L2PPipeline.from_pretrained(model, **options)
+
+
+def test_the_plan_is_the_same_on_the_second_run(model: Path) -> None:
+    plans = []
+    for _ in range(2):
+        with L2PPipeline.from_pretrained(model, dtype="fp32", ram="1GiB") as pipe:
+            pipe(**PROMPT, **FAST)
+            plans += [stream.plan for stream in pipe.streamer.streams]
+
+    assert plans[0] == plans[1]
+
+
+def test_the_table_has_a_line_per_phase(model: Path) -> None:
+    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+        pipe(**PROMPT, **FAST)
+        table = phase_table(pipe.phases)
+        (figures,) = pipe.phases
+
+    assert table.splitlines()[0].startswith("phase")
+    assert table.splitlines()[1].startswith("64x32")
+    held = figures.compute_seconds + figures.wait_seconds
+    assert 0 < figures.wait_p50 <= figures.wait_p95 <= figures.wait_seconds <= held
+
+
+def test_the_demo_draws_the_same_picture_within_every_ram(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model", "demo", "-p", "a red ring on a blue background", "--seed", "1", "--steps", "2"]
+    arguments += ["--no-prompt-cache", "--no-metadata", "-q"]
+    assert cli.main([*arguments, "-o", str(tmp_path / "free.png")]) == 0
+    assert cli.main([*arguments, "--ram", "1MiB", "-o", str(tmp_path / "none.png")]) == 2
+    # The encoder is refused first, then, with what it needs, the picture.
+    for attempt in range(3):
+        needed = int(capsys.readouterr().err.split(" bytes; give more")[0].rsplit(" ", 1)[1])
+        if cli.main([*arguments, "--ram", str(needed), "-o", str(tmp_path / "least.png")]) == 0:
+            break
+        assert attempt < 2
+
+    assert (tmp_path / "least.png").read_bytes() == (tmp_path / "free.png").read_bytes()
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.slow
+def test_the_selftest_passes_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["selftest"]) == 0
+    assert "DIFFERENT" not in capsys.readouterr().out
