@@ -283,10 +283,29 @@ class Streamer:
 
     def _open_mapped(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
         with ExitStack() as stack:
-            blocks = stack.enter_context(MappedBlocks(checkpoint, work.blocks, self.device))
+            keep = self._room_for_pages(work) if self.device.type == "cpu" else None
+            blocks = stack.enter_context(MappedBlocks(checkpoint, work.blocks, self.device, keep_bytes=keep))
             stream = WeightStream(model, work, blocks, stack.pop_all(), io, checkpoint=checkpoint)
         self.streams.append(stream)
         return stream
+
+    def _room_for_pages(self, work: Work) -> int | None:
+        """Bytes of mapped pages that may stay between visits; None without a budget. Raises BudgetError."""
+        if self.options.ram is None:
+            return None
+        budget = self._host_budget(work)
+        # The block at hand and the one whose pages are being brought.
+        passing = 2 * max((block.nbytes for block in work.blocks), default=0)
+        if passing > budget.weights:
+            needed = budget.activations + budget.reserved + passing
+            raise BudgetError(
+                f"{work.phase}: RAM budget {format_bytes(budget.device)} is too small: two mapped blocks "
+                f"{format_bytes(passing)} + activations {format_bytes(budget.activations)} + reserved "
+                f"{format_bytes(budget.reserved)}; the nearest plan that fits takes {needed} bytes; "
+                "give more with --ram",
+                needed,
+            )
+        return budget.weights - passing
 
     @property
     def _has_ring(self) -> bool:

@@ -62,6 +62,7 @@ class Checkpoint:
         self.identities: Mapping[Path, FileIdentity] = MappingProxyType({part.path: part.identity for part in parts})
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
         self._mapped: dict[Path, _Bytes] | None = {part.path: part.mapped for part in parts}
+        self._mappings = {part.path: part.mapping for part in parts}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -98,10 +99,20 @@ class Checkpoint:
             view = view.clone()
         return view.view(info.torch_dtype).reshape(info.shape)
 
+    def release(self, path: Path, offset: int, nbytes: int) -> None:
+        """Drop the pages of a range from memory, but for those it shares with its neighbours; a later use brings
+        them back. Does nothing where the system has no such call (Windows), or once closed."""
+        mapping = self._mappings.get(path)
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if mapping is not None and start < stop and hasattr(mapping, "madvise"):
+            mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
     def close(self) -> None:
         """Let go of the files. Each stays mapped until the last tensor taken from it is gone."""
         # mmap.close would raise while views live; dropping the references unmaps at the right moment.
         self._mapped = None
+        self._mappings = {}
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -114,11 +125,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Part:
-    """One open file: checked header, identity and mapping."""
+    """One open file: checked header, identity, and the mapping as it is and as an array."""
 
     path: Path
     header: Header
     identity: FileIdentity
+    mapping: mmap.mmap = field(repr=False)
     mapped: _Bytes = field(repr=False)
 
 
@@ -152,7 +164,7 @@ def _open_file(path: Path) -> _Part:
             mapping = mmap.mmap(file.fileno(), header.file_bytes, access=mmap.ACCESS_READ)
         except ValueError as error:  # the file shrank since its size was read
             raise CheckpointError(path, f"cannot be mapped: {error}") from error
-    return _Part(path, header, identity, np.asarray(_WritableAlias(mapping)))
+    return _Part(path, header, identity, mapping, np.asarray(_WritableAlias(mapping)))
 
 
 def _require_file(path: Path) -> None:

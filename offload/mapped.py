@@ -11,12 +11,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from offload.blocks import ALIGNMENT, Block, TensorSource
+from offload.blocks import ALIGNMENT, Block, Extent, TensorSource
 from offload.checkpoint import Checkpoint
 from offload.devices import aligned_buffer
 from offload.timeline import Timeline
@@ -29,10 +30,19 @@ class MappedBlocks:
     parts, and floats that the file does not align (kernels round by address: these bits are those of the
     ring's slots); elsewhere they are copies on `device`, gone with the visit. While one block is computed on, the
     system is asked to bring the pages of the next one, in the order of `blocks`, round and round.
+    keep_bytes: of the file's pages, what may stay in memory between visits; None for all. The first blocks
+    stay, always the same ones, and the pages of the others are let go of after each visit.
     Owns one descriptor per file until `close`; the checkpoint is the caller's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, blocks: Sequence[Block], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        blocks: Sequence[Block],
+        device: torch.device | None = None,
+        *,
+        keep_bytes: int | None = None,
+    ) -> None:
         self.copied_bytes = 0
         self.visits = 0
         self.timeline = Timeline()
@@ -40,6 +50,7 @@ class MappedBlocks:
         self._blocks = {block.name: block for block in blocks}
         self._next = dict(zip(self._blocks, [*list(blocks)[1:], *list(blocks)[:1]], strict=True))
         self._device = torch.device("cpu") if device is None else device
+        self._passing = frozenset() if keep_bytes is None else _beyond(blocks, keep_bytes)
         self._descriptors: dict[Path, int] = {}
         if hasattr(os, "posix_fadvise"):
             try:
@@ -62,6 +73,13 @@ class MappedBlocks:
             yield weights
         finally:
             self.timeline.add("compute", name, lent, time.perf_counter())
+            if name in self._passing:
+                self._let_go(self._blocks[name])
+
+    def _let_go(self, block: Block) -> None:
+        for extent in block.layout.extents:
+            self._checkpoint.release(extent.path, extent.offset, extent.nbytes)
+            self._advise(extent, "POSIX_FADV_DONTNEED")
 
     def _tensor(self, source: TensorSource) -> Tensor:
         if self._device.type == "cpu":
@@ -72,9 +90,11 @@ class MappedBlocks:
 
     def _prefetch(self, block: Block) -> None:
         for extent in block.layout.extents:
-            if extent.path in self._descriptors:
-                advice = os.POSIX_FADV_WILLNEED
-                os.posix_fadvise(self._descriptors[extent.path], extent.offset, extent.nbytes, advice)
+            self._advise(extent, "POSIX_FADV_WILLNEED")
+
+    def _advise(self, extent: Extent, advice: str) -> None:
+        if extent.path in self._descriptors:
+            os.posix_fadvise(self._descriptors[extent.path], extent.offset, extent.nbytes, getattr(os, advice))
 
     def close(self) -> None:
         """Close the descriptors. May be called twice."""
@@ -86,6 +106,12 @@ class MappedBlocks:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _beyond(blocks: Sequence[Block], keep_bytes: int) -> frozenset[str]:
+    """The blocks that do not fit into `keep_bytes` after those before them."""
+    ends = accumulate(block.nbytes for block in blocks)
+    return frozenset(block.name for block, end in zip(blocks, ends, strict=True) if end > keep_bytes)
 
 
 def read_aligned(checkpoint: Checkpoint, source: TensorSource) -> Tensor:

@@ -51,8 +51,11 @@ def model(tmp_path: Path) -> Path:
     return goldens.write_checkpoint("a_mini", tmp_path)
 
 
-def smallest_ram(model: Path) -> int:
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=1) as pipe, pytest.raises(BudgetError) as refusal:
+def smallest_ram(model: Path, io: str = "read") -> int:
+    with (
+        L2PPipeline.from_pretrained(model, dtype="fp32", ram=1, io=io) as pipe,
+        pytest.raises(BudgetError) as refusal,
+    ):
         pipe(**PROMPT, **FAST)
     return refusal.value.needed
 
@@ -67,7 +70,7 @@ def resident_picture(model: Path) -> Tensor:
 @pytest.mark.parametrize("io", ["read", "direct", "mmap"])
 @pytest.mark.parametrize("extra", [0, 300_000, 1 << 40])
 def test_every_budget_and_every_way_of_reading_give_the_same_bits(model: Path, io: str, extra: int) -> None:
-    streamer = Streamer(torch.device("cpu"), MemoryOptions(ram=smallest_ram(model) + extra, io=io, poison=True))
+    streamer = Streamer(torch.device("cpu"), MemoryOptions(ram=smallest_ram(model, io) + extra, io=io, poison=True))
     files = locate_model(model)
 
     with L2PPipeline.from_streamer(files, streamer, torch.float32) as pipe:
