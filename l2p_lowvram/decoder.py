@@ -1,10 +1,14 @@
 """The local decoder: from the noisy picture and the transformer's features to pixels.
 
 A small convolutional U-Net without normalisation (L2P, MicroDiffusionModel).
-One class for every family: the levels come from `DecoderConfig`.
+One class for every family: the levels come from `DecoderConfig`. It can run in
+parts (some levels at a time, on a crop); `encoder_layers` and `decoder_layers`
+say what such a part computes, as plain data, for whoever cuts it into tiles.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +17,11 @@ from torch import Tensor, nn
 from .config import IMAGE_CHANNELS, DecoderConfig
 from .linear import Conv2d
 
+KERNEL = 3  # of every convolution inside a level; the others are 1x1
+
 
 def conv3(inputs: int, outputs: int) -> Conv2d:
-    return Conv2d(inputs, outputs, 3, padding=1)
+    return Conv2d(inputs, outputs, KERNEL, padding=KERNEL // 2)
 
 
 class LocalDecoder(nn.Module):
@@ -31,39 +37,114 @@ class LocalDecoder(nn.Module):
         self.config = config
         inputs = IMAGE_CHANNELS
         for level in config.levels:
-            self.add_module(f"enc{level.name}", nn.Sequential(conv3(inputs, level.encoder), nn.SiLU()))
+            self.add_module(f"enc{level.name}", nn.Sequential(conv3(inputs, level.encoder), nn.SiLU(inplace=True)))
             inputs = level.encoder
-        self.bottleneck = nn.Sequential(Conv2d(inputs + feature_dim, config.bottleneck, 1), nn.SiLU())
+        self.bottleneck = nn.Sequential(Conv2d(inputs + feature_dim, config.bottleneck, 1), nn.SiLU(inplace=True))
         inputs = config.bottleneck
         for level in reversed(config.levels):
             up = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), conv3(inputs, level.up))
             self.add_module(f"up{level.name}", up)
-            dec = nn.Sequential(conv3(level.up + level.encoder, level.out), nn.SiLU())
+            dec = nn.Sequential(conv3(level.up + level.encoder, level.out), nn.SiLU(inplace=True))
             self.add_module(f"dec{level.name}", dec)
             inputs = level.out
         self.out_conv = Conv2d(inputs, IMAGE_CHANNELS, 1)
 
     def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
-        skips, x = [], pixels
-        for level in self.config.levels:
-            x = self.get_submodule(f"enc{level.name}")(x)
-            skips.append(x)
+        levels = range(len(self.config.levels))
+        skips: list[Tensor] = []
+        pooled = self.encode(pixels, levels, skips)
+        lower = [self.merge(pooled, nearest_resize(features, pooled.shape[-2:]))]
+        del pooled
+        return self.out_conv(self.decode(lower.pop(), levels, skips))
+
+    def encode(self, x: Tensor, levels: range, skips: list[Tensor] | None = None) -> Tensor:
+        """The input of the first of `levels` (by index, shallow first) -> its pooled output after the last.
+
+        skips collects the maps that `decode` of the same levels takes.
+        """
+        for index in levels:
+            x = self.get_submodule(f"enc{self.config.levels[index].name}")(x)
+            if skips is not None:
+                skips.append(x)
             x = F.max_pool2d(x, 2)
-        features = nearest_resize(features, x.shape[-2:])
-        x = self.bottleneck(torch.cat([x, features], dim=1))
-        for level in reversed(self.config.levels):
-            x = self.get_submodule(f"up{level.name}")(x)
-            x = self.get_submodule(f"dec{level.name}")(torch.cat([x, skips.pop()], dim=1))
-        return self.out_conv(x)
+        return x
+
+    def merge(self, pooled: Tensor, features: Tensor) -> Tensor:
+        """The bottleneck: pooled (B, C, h, w) and features (B, dim, h, w) -> (B, bottleneck, h, w)."""
+        return self.bottleneck(torch.cat([pooled, features], dim=1))
+
+    def decode(self, x: Tensor, levels: range, skips: list[Tensor]) -> Tensor:
+        """Back up from below the last of `levels` to the output of the first; empties `skips`."""
+        for index in reversed(levels):
+            name = self.config.levels[index].name
+            x = torch.cat([self.get_submodule(f"up{name}")(x), skips.pop()], dim=1)
+            x = self.get_submodule(f"dec{name}")(x)
+        return x
 
 
-def nearest_resize(features: Tensor, size: torch.Size) -> Tensor:
-    """(B, C, h, w) -> (B, C, *size) taking cell floor(i * h / size); a no-op for equal sizes.
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer as plain data. kind: "conv3", "conv1", "pool2", "up2", "skip" (set the map aside), "join"
+    (concatenate it), "merge" (concatenate the features). inputs, outputs: channels."""
 
-    Only the 10K family needs it: its patch (160) is not its pooling (64).
+    kind: str
+    inputs: int
+    outputs: int
+
+
+def encoder_layers(config: DecoderConfig, levels: range) -> list[DecoderLayer]:
+    """What `LocalDecoder.encode` computes for `levels`, in order."""
+    layers = []
+    for index in levels:
+        inputs, outputs = level_inputs(config, index), config.levels[index].encoder
+        layers.append(DecoderLayer(f"conv{KERNEL}", inputs, outputs))
+        layers += [DecoderLayer(kind, outputs, outputs) for kind in ("skip", "pool2")]
+    return layers
+
+
+def merge_layers(config: DecoderConfig, feature_dim: int) -> list[DecoderLayer]:
+    """What `LocalDecoder.merge` computes."""
+    pooled = level_inputs(config, len(config.levels))
+    joined = pooled + feature_dim
+    return [DecoderLayer("merge", pooled, joined), DecoderLayer("conv1", joined, config.bottleneck)]
+
+
+def decoder_layers(config: DecoderConfig, levels: range) -> list[DecoderLayer]:
+    """What `LocalDecoder.decode` computes for `levels`, and `out_conv` after level 0, in order."""
+    layers = []
+    for index in reversed(levels):
+        level, inputs = config.levels[index], level_outputs(config, index + 1)
+        layers += [
+            DecoderLayer("up2", inputs, inputs),
+            DecoderLayer(f"conv{KERNEL}", inputs, level.up),
+            DecoderLayer("join", level.up, level.up + level.encoder),
+            DecoderLayer(f"conv{KERNEL}", level.up + level.encoder, level.out),
+        ]
+    if levels.start == 0:
+        layers.append(DecoderLayer("conv1", config.levels[0].out, IMAGE_CHANNELS))
+    return layers
+
+
+def level_inputs(config: DecoderConfig, index: int) -> int:
+    """Channels that the encoder of level `index` reads; one past the last level: what the bottleneck gets."""
+    return config.levels[index - 1].encoder if index else IMAGE_CHANNELS
+
+
+def level_outputs(config: DecoderConfig, index: int) -> int:
+    """Channels that level `index` hands upwards; one past the last level: the bottleneck's."""
+    return config.levels[index].out if index < len(config.levels) else config.bottleneck
+
+
+def nearest_resize(
+    features: Tensor, size: tuple[int, ...], rows: slice = slice(None), columns: slice = slice(None)
+) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size)[..., rows, columns], taking cell floor(i * h / size) for every index i.
+
+    A view for equal sizes. Only the 10K family needs more: its patch (160) is not its pooling (64).
+    rows and columns count on the resized grid, so that a crop takes the same cells as the whole.
     """
     if features.shape[-2:] == size:
-        return features
-    rows = torch.arange(size[0], device=features.device) * features.shape[-2] // size[0]
-    columns = torch.arange(size[1], device=features.device) * features.shape[-1] // size[1]
-    return features[:, :, rows][:, :, :, columns]
+        return features[:, :, rows, columns]
+    y = torch.arange(size[0], device=features.device)[rows] * features.shape[-2] // size[0]
+    x = torch.arange(size[1], device=features.device)[columns] * features.shape[-1] // size[1]
+    return features[:, :, y[:, None], x]
