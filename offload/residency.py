@@ -127,8 +127,8 @@ def plan_residency(
 
     blocks: in the order of their visits. slots: of the ring; by default at least 3 where blocks come from
     the disk, at least 2 otherwise, more where that saves stall, and one pair where memory is short.
-    Where no link has to be crossed, spare memory is the only RAM there is and holds as many blocks as fit;
-    elsewhere spare device memory goes to blocks whose copy cannot hide, spread evenly over the step.
+    Where no link has to be crossed, spare memory is the only RAM there is and holds as many blocks as fit
+    without taking the ring's room to hide reads; elsewhere spare device memory goes to blocks whose copy cannot hide, spread evenly over the step.
     Pure and deterministic. Raises BudgetError with the numbers and the smallest budget that works.
     """
     if len({block.name for block in blocks}) != len(blocks):
@@ -149,7 +149,7 @@ def _rank(plan: ResidencyPlan, rates: Rates) -> tuple[float, float, int]:
     # Rounded to a ten-thousandth of the step: less is no reason to hold memory.
     stall = round(plan.stall_seconds / max(plan.compute_seconds + plan.stall_seconds, 1e-12), 4)
     if rates.link is None:
-        return (plan.streamed_bytes, stall, plan.device_bytes)
+        return (stall, plan.streamed_bytes, plan.device_bytes)
     return (stall, plan.device_bytes, plan.streamed_bytes)
 
 

@@ -1,0 +1,141 @@
+"""What a machine can do, in four numbers: for plans of machines that are not at hand.
+
+Arithmetic of cards is their published dense FP16 tensor rate with FP32 accumulation, of which a transformer
+reaches about half (`REACHED`); links are PCIe rates as copies from pinned memory reach them; the disk is an
+NVMe drive. None of it was measured here: `profile` measures the machine at hand instead.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from offload import format_bytes
+
+REACHED = 0.5
+_GIB = 1 << 30
+_PCIE3_X16, _PCIE4_X8, _PCIE4_X16 = 12e9, 12e9, 25e9
+_NVME = 3e9
+_MAX_JSON_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """memory: bytes of device memory. flops: multiplications and additions a second that are reached. link,
+    disk: bytes a second to the device and from the file; link is None where there is none (CPU). dtype: what
+    it computes in, "bf16", "fp16" or "fp32". source: where the figures come from.
+
+    Raises ValueError for figures that cannot be.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    link: float | None
+    disk: float
+    dtype: str
+    source: str
+
+    def __post_init__(self) -> None:
+        for what in ("memory", "flops", "link", "disk"):
+            value = getattr(self, what)
+            if what == "link" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e20:
+                raise ValueError(f"{what} of a device profile must be a positive number, got {value!r:.40}")
+        if self.dtype not in ("bf16", "fp16", "fp32"):
+            raise ValueError(f"dtype of a device profile must be bf16, fp16 or fp32, got {self.dtype!r:.40}")
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.link is None
+
+
+def _card(name: str, gib: int, tflops: float, link: float, dtype: str, source: str) -> DeviceProfile:
+    return DeviceProfile(name, gib * _GIB, REACHED * tflops * 1e12, link, _NVME, dtype, source)
+
+
+_TURING = "Turing whitepaper: 2 x FP32 rate on tensor cores with FP32 accumulation; no bf16"
+_AMPERE = "GA102 whitepaper: GeForce tensor cores give 2 x the FP32 rate with FP32 accumulation"
+_ADA = "Ada whitepaper: likewise, 165.2 TFLOPS for the RTX 4090"
+PROFILES = MappingProxyType(
+    {
+        profile.name: profile
+        for profile in (
+            _card("gtx1660-6g", 6, 10.0, _PCIE3_X16, "fp16", "no tensor cores: FP16 at 2 x the FP32 rate of 5.0"),
+            _card("rtx2060-6g", 6, 12.9, _PCIE3_X16, "fp16", f"{_TURING}; FP32 6.5"),
+            _card("rtx3060-12g", 12, 25.4, _PCIE4_X16, "bf16", f"{_AMPERE}; FP32 12.7"),
+            _card("rtx3060-laptop-6g", 6, 24.0, _PCIE4_X16, "bf16", f"{_AMPERE}; FP32 12.0 at 95 W"),
+            _card("rtx4060-laptop-8g", 8, 24.7, _PCIE4_X8, "bf16", f"{_ADA}; FP32 12.35 at 90 W"),
+            _card("rtx4090", 24, 165.2, _PCIE4_X16, "bf16", _ADA),
+        )
+    }
+)
+
+
+def find_profile(name: str) -> DeviceProfile:
+    """A profile by name, or read from the JSON file that `profile` wrote. Raises ValueError, OSError."""
+    if name in PROFILES:
+        return PROFILES[name]
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ValueError(
+            f"unknown device profile {name!r}; known are {', '.join(PROFILES)}, or a .json file of profile"
+        )
+    with path.open("rb") as file:
+        raw = file.read(_MAX_JSON_BYTES + 1)
+    try:
+        values = json.loads(raw[:_MAX_JSON_BYTES])
+        return DeviceProfile(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: is no device profile ({error})") from None
+
+
+def as_json(profile: DeviceProfile) -> str:
+    return json.dumps(asdict(profile), indent=2)
+
+
+def as_text(profile: DeviceProfile) -> str:
+    link = "none" if profile.link is None else f"{profile.link / 1e9:.2f} GB/s"
+    return (
+        f"{profile.name}: {format_bytes(profile.memory)}, {profile.flops / 1e9:.3g} GFLOP/s in {profile.dtype}, "
+        f"link {link}, disk {profile.disk / 1e9:.2f} GB/s"
+    )
+
+
+def measure(device: torch.device, dtype: torch.dtype, memory: int, disk: float, disk_source: str) -> DeviceProfile:
+    """The machine at hand. memory: bytes that may be used. disk: bytes a second, measured elsewhere."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    link = None if device.type == "cpu" else _link_rate(device)
+    profile = DeviceProfile(str(device), memory, _flops(device, dtype), link, disk, names[dtype], "")
+    return replace(profile, source=f"measured with torch {torch.__version__}; disk: {disk_source}")
+
+
+@torch.inference_mode()
+def _flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Of a linear layer of the real model's width: the best of a few, once warm."""
+    tokens, width, hidden = (256 if device.type == "cpu" else 4096), 3840, 10240
+    x = torch.randn(tokens, width, device=device).to(dtype)
+    weight = torch.randn(hidden, width, device=device).to(dtype)
+    best = min(_seconds(lambda: torch.nn.functional.linear(x, weight), device) for _ in range(5))
+    return 2 * tokens * width * hidden / best
+
+
+def _link_rate(device: torch.device) -> float:
+    source = torch.empty(64 << 20, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(source, device=device)
+    return source.nbytes / min(_seconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(5))
+
+
+def _seconds(work: object, device: torch.device) -> float:
+    assert callable(work)
+    started = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.get_device_module(device.type).synchronize(device)
+    return time.perf_counter() - started
