@@ -121,6 +121,20 @@ def selftest_command(arguments: argparse.Namespace) -> int:
     return 0 if all(check.passed for check in checks) else EXIT_BUG
 
 
+def profile_command(arguments: argparse.Namespace) -> int:
+    from .profiles import as_json, as_text, measure_here
+
+    with user_input():
+        profile = measure_here(arguments.device, arguments.dtype, arguments.model)
+        if arguments.output is not None:
+            from .whole_file import whole_file
+
+            with whole_file(Path(arguments.output), overwrite=arguments.overwrite) as file:
+                file.write(f"{as_json(profile)}\n".encode())
+    print_line(as_json(profile) if arguments.json else as_text(profile))
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
@@ -136,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_selftest(commands)
+    _add_profile(commands)
     for add in (add_quantize, add_dequantize):
         add(lambda name, text, epilog, run: _command(commands, name, text, f"{epilog}\n{EXIT_CODES}", run))
     return parser
@@ -278,6 +293,24 @@ def _add_selftest(commands: argparse._SubParsersAction[_Parser]) -> None:
         f"{EXIT_CODES} (1 also for a difference)",
         selftest_command,
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_profile(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "profile",
+        "measure this machine, for plan --device-profile",
+        f"examples:\n  {PROGRAM} profile -m l2p_int8.safetensors -o here.json\n\n{EXIT_CODES}",
+        profile_command,
+    )
+    parser.add_argument("-m", "--model", metavar="FILE", help="what the disk's rate is measured on; default: none is")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, …")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: as generate chooses it"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the profile as JSON, for --device-profile FILE")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from offload import format_bytes
+from offload import Checkpoint, available_device_bytes, format_bytes, probe_io
+
+from .devices import choose_device, choose_dtype
 
 REACHED = 0.5
 _GIB = 1 << 30
 _PCIE3_X16, _PCIE4_X8, _PCIE4_X16 = 12e9, 12e9, 25e9
 _NVME = 3e9
+_UNMEASURED_DISK = 1.5e9
 _MAX_JSON_BYTES = 1 << 16
 
 
@@ -108,12 +112,26 @@ def as_text(profile: DeviceProfile) -> str:
     )
 
 
-def measure(device: torch.device, dtype: torch.dtype, memory: int, disk: float, disk_source: str) -> DeviceProfile:
-    """The machine at hand. memory: bytes that may be used. disk: bytes a second, measured elsewhere."""
+def measure_here(device: str, dtype: str, model: str | None) -> DeviceProfile:
+    """The machine at hand. model: the file whose disk is measured; None leaves a cautious guess.
+
+    Raises ValueError, CheckpointError, OSError.
+    """
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    if model is None:
+        disk, disk_source = _UNMEASURED_DISK, "not measured"
+    else:
+        with Checkpoint.open(model) as checkpoint:
+            probe = probe_io(checkpoint)
+        disk, disk_source = probe.rates[probe.io], probe.reason
+    memory = available_device_bytes(place)
+    if memory is None:
+        raise ValueError(f"device {place} does not tell how much memory it has, so it has no profile")
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    link = None if device.type == "cpu" else _link_rate(device)
-    profile = DeviceProfile(str(device), memory, _flops(device, dtype), link, disk, names[dtype], "")
-    return replace(profile, source=f"measured with torch {torch.__version__}; disk: {disk_source}")
+    link = None if place.type == "cpu" else _link_rate(place)
+    source = f"measured with torch {torch.__version__}; disk: {disk_source}"
+    return DeviceProfile(str(place), memory, _flops(place, kind), link, disk, names[kind], source)
 
 
 @torch.inference_mode()
@@ -132,8 +150,7 @@ def _link_rate(device: torch.device) -> float:
     return source.nbytes / min(_seconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(5))
 
 
-def _seconds(work: object, device: torch.device) -> float:
-    assert callable(work)
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     work()
     if device.type != "cpu":

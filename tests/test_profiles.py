@@ -1,0 +1,54 @@
+"""Device profiles: a table with sources, files, and the machine at hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from l2p_lowvram import cli
+from l2p_lowvram.profiles import PROFILES, DeviceProfile, as_json, find_profile
+
+
+def test_every_profile_in_the_table_has_a_source_and_its_own_name() -> None:
+    assert all(profile.name == name and profile.source for name, profile in PROFILES.items())
+    assert {"rtx3060-12g", "rtx4060-laptop-8g", "rtx4090"} <= PROFILES.keys()
+
+
+def test_the_machine_at_hand_is_measured_and_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "here.json"
+
+    assert cli.main(["profile", "--device", "cpu", "--dtype", "fp32", "-o", str(path), "--json"]) == 0
+
+    profile = find_profile(str(path))
+    assert json.loads(capsys.readouterr().out) == json.loads(path.read_text()) == json.loads(as_json(profile))
+    assert profile.is_cpu
+    assert profile.flops > 1e9
+    assert cli.main(["profile", "--device", "cpu", "-o", str(path)]) == 2
+    assert "here.json: file exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no device profile"),
+        ("[]", "is no device profile"),
+        ('{"name": "x"}', "is no device profile"),
+        (as_json(PROFILES["rtx4090"]).replace('"bf16"', '"int4"'), "dtype of a device profile must be bf16"),
+        (as_json(PROFILES["rtx4090"]).replace(str(24 << 30), "-1"), "memory of a device profile must be a positive"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+
+    with pytest.raises(ValueError, match=message):
+        find_profile(str(tmp_path / "p.json"))
+
+
+def test_an_unknown_profile_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown device profile 'rtx9999'; known are gtx1660-6g"):
+        find_profile("rtx9999")
+
+
+def test_impossible_figures_are_refused() -> None:
+    with pytest.raises(ValueError, match="flops of a device profile must be a positive number, got 0"):
+        DeviceProfile("x", 1, 0, None, 1.0, "fp32", "")
