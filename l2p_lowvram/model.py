@@ -2,7 +2,8 @@
 
 prelude -> blocks -> epilogue. The blocks are visited in order and only ever see
 one token stream, so whoever drives the loop decides where their weights live
-and how many branches share a visit:
+and how many branches share a visit. `Slices` says how a block computes: all
+tokens at once, or in slices that update the token stream in place:
 
     state = model.prelude(pixels, timestep, model.encode_caption(caption))
     for block in model.blocks():
@@ -38,6 +39,42 @@ from .linear import Linear, RMSNorm
 
 # (q, k, v), each (B, H, L, D) -> (B, H, L, D)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+PerToken = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+def all_tokens(function: PerToken, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """outputs := function(*inputs), in one go."""
+    results = function(*inputs)
+    for output, result in zip(outputs, (results,) if isinstance(results, Tensor) else results, strict=True):
+        output.copy_(result)
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """out := attention of all queries, in one go. All (B, H, L, D); out may be q."""
+    out.copy_(F.scaled_dot_product_attention(q, k, v))
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How a block works on its token stream in place, so that only the stream itself exists as a whole.
+
+    tokenwise(function, inputs, outputs): outputs := function(*inputs), where function treats every position
+        of axis -2 on its own, so that it may run on a few positions at a time. An output may be an input.
+    attend(q, k, v, out): attention into `out`, which may be q.
+    heads: attention heads whose keys and values exist together; None: all.
+    patch_rows: rows of patches that are embedded together; None: all.
+    """
+
+    tokenwise: Callable[[PerToken, Sequence[Tensor], Sequence[Tensor]], None] = all_tokens
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], None] = attend_all
+    heads: int | None = None
+    patch_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "patch_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
@@ -87,6 +124,47 @@ class SelfAttention(nn.Module):
         o = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.out(o.transpose(1, 2).flatten(2))
 
+    def attended(self, x: Tensor, prepare: Callable[[Tensor], Tensor], rope: Tensor, slices: Slices) -> Tensor:
+        """What `out` reads, (B, L, D): all heads side by side, made for a group of heads at a time.
+
+        x (B, L, D); prepare turns rows of it into what qkv reads. Beside the result there are keys and values
+        of one group: its queries stand where its result will, in the result's columns.
+        """
+        batch, length, dim = x.shape
+        result = x.new_empty(batch, length, dim)
+        group = min(slices.heads or self.n_heads, self.n_heads) * (dim // self.n_heads)
+        keys_values = x.new_empty(2, batch, length, group)
+        for start in range(0, dim, group):
+            columns = slice(start, min(start + group, dim))
+            k, v = keys_values[..., : columns.stop - start]
+            self._attend_heads(x, prepare, rope, slices, columns, (result[..., columns], k, v))
+        return result
+
+    def _attend_heads(
+        self,
+        x: Tensor,
+        prepare: Callable[[Tensor], Tensor],
+        rope: Tensor,
+        slices: Slices,
+        columns: slice,
+        qkv: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """The heads of `columns`: q, k, v into the buffers qkv (B, L, columns), the result over q."""
+        dim, width = x.shape[-1], x.shape[-1] // self.n_heads
+        # Rows of the fused projection: first those of q, then k's, then v's.
+        rows = [slice(part * dim + columns.start, part * dim + columns.stop) for part in range(3)]
+        wq, wk, wv = (self.qkv.dequantized(x.dtype, part) for part in rows)
+
+        def project(x: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
+            h = prepare(x)
+            q = rotate(self.q_norm(F.linear(h, wq).unflatten(-1, (-1, width))), rope).flatten(-2)
+            k = rotate(self.k_norm(F.linear(h, wk).unflatten(-1, (-1, width))), rope).flatten(-2)
+            return q, k, F.linear(h, wv)
+
+        slices.tokenwise(project, (x, rope), qkv)
+        q, k, v = (tensor.unflatten(-1, (-1, width)).transpose(1, 2) for tensor in qkv)
+        slices.attend(q, k, v, q)
+
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(SiLU(w1 x) * w3 x)."""
@@ -98,7 +176,9 @@ class FeedForward(nn.Module):
         self.w3 = Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        hidden = F.silu(self.w1(x))
+        # The widest tensors of the model: no third one for the product where autograd does not need all.
+        return self.w2(hidden * self.w3(x) if torch.is_grad_enabled() else hidden.mul_(self.w3(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -127,15 +207,50 @@ class TransformerBlock(nn.Module):
         attend: Attention = F.scaled_dot_product_attention,
     ) -> Tensor:
         """x (B, L, D), rope (L, head width / 2), timestep_embedding (B, T) -> (B, L, D)."""
+        modulation = self.modulation(timestep_embedding)
+        o = self.attention(self.attention_input(x, modulation), rope, attend)
+        return self.feed_forward_added(self.attention_added(x, o, modulation), modulation)
+
+    def update_(self, x: Tensor, rope: Tensor, timestep_embedding: Tensor | None, slices: Slices) -> None:
+        """`forward` with the result in place of x, in slices. Beside x there are the attention's result
+        (B, L, D), keys and values of one group of heads, and whatever one slice needs.
+
+        The same operations on the same rows: exact up to the order in which kernels sum for other shapes.
+        """
+        modulation = self.modulation(timestep_embedding)
+        o = self.attention.attended(x, lambda x: self.attention_input(x, modulation), rope, slices)
+
+        def add_attention(x: Tensor, o: Tensor) -> Tensor:
+            return self.attention_added(x, self.attention.out(o), modulation)
+
+        slices.tokenwise(add_attention, (x, o), (x,))
+        del o
+        slices.tokenwise(lambda x: self.feed_forward_added(x, modulation), (x,), (x,))
+
+    def modulation(self, timestep_embedding: Tensor | None) -> tuple[Tensor, ...] | None:
+        """(scale_attn, gate_attn, scale_ffn, gate_ffn), each (B, 1, D) and ready to multiply with; None without."""
         if self.adaLN_modulation is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, attend))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            return None
         modulation = self.adaLN_modulation(timestep_embedding).unsqueeze(1)
         scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
-        h = self.attention_norm1(x) * (1 + scale_attn)
-        x = x + gate_attn.tanh() * self.attention_norm2(self.attention(h, rope, attend))
-        h = self.ffn_norm1(x) * (1 + scale_ffn)
-        return x + gate_ffn.tanh() * self.ffn_norm2(self.feed_forward(h))
+        return 1 + scale_attn, gate_attn.tanh(), 1 + scale_ffn, gate_ffn.tanh()
+
+    # The three steps below treat every token on its own: any rows of x (B, L, D) will do.
+
+    def attention_input(self, x: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        h = self.attention_norm1(x)
+        return h if modulation is None else h * modulation[0]
+
+    def attention_added(self, x: Tensor, o: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        o = self.attention_norm2(o)
+        return x + o if modulation is None else x + modulation[1] * o
+
+    def feed_forward_added(self, x: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        h = self.ffn_norm1(x)
+        if modulation is not None:
+            h = h * modulation[2]
+        h = self.ffn_norm2(self.feed_forward(h))
+        return x + h if modulation is None else x + modulation[3] * h
 
 
 class TimestepEmbedder(nn.Module):
@@ -177,6 +292,8 @@ class State:
 
     tokens (B, L, D): the image tokens (pads included) while the noise refiner
     runs, image then caption tokens afterwards. rope fits `tokens`.
+    room: where given, a buffer that starts with `tokens` and has space for the
+    caption behind, so that joining copies the caption alone.
     """
 
     tokens: Tensor
@@ -184,11 +301,16 @@ class State:
     timestep_embedding: Tensor
     caption: Caption
     joined: bool = False
+    room: Tensor | None = None
 
     def join(self) -> State:
         """Append the caption tokens, once."""
         if self.joined:
             return self
+        if self.room is not None:
+            self.room[:, self.tokens.shape[1] :] = self.caption.tokens
+            rope = torch.cat([self.rope, self.caption.rope])
+            return replace(self, tokens=self.room, rope=rope, joined=True, room=None)
         tokens = torch.cat([self.tokens, self.caption.tokens.expand(self.tokens.shape[0], -1, -1)], dim=1)
         return replace(self, tokens=tokens, rope=torch.cat([self.rope, self.caption.rope]), joined=True)
 
@@ -204,8 +326,14 @@ class Block:
     module: TransformerBlock
     joint: bool
 
-    def visit(self, state: State, attend: Attention = F.scaled_dot_product_attention) -> State:
+    def visit(
+        self, state: State, attend: Attention = F.scaled_dot_product_attention, slices: Slices | None = None
+    ) -> State:
+        """The state after this block. With `slices` its tokens are updated in place (and `attend` is theirs)."""
         state = state.join() if self.joint else state
+        if slices is not None:
+            self.module.update_(state.tokens, state.rope, state.timestep_embedding, slices)
+            return state
         tokens = self.module(state.tokens, state.rope, state.timestep_embedding, attend)
         return replace(state, tokens=tokens)
 
@@ -275,17 +403,40 @@ class L2PTransformer(nn.Module):
             caption = replace(caption, tokens=block(caption.tokens, caption.rope, None, attend))
         return caption
 
-    def prelude(self, pixels: Tensor, t: Tensor, caption: Caption) -> State:
-        """pixels (B, 3, H, W) and t (B,) = 1 - sigma -> the state that enters the first block."""
+    def prelude(self, pixels: Tensor, t: Tensor, caption: Caption, slices: Slices | None = None) -> State:
+        """pixels (B, 3, H, W) and t (B,) = 1 - sigma -> the state that enters the first block.
+
+        With `slices` the pixels may live anywhere and have any float dtype: some rows of patches at a time
+        become the caption's dtype on its device.
+        """
         height, width = pixels.shape[-2:]
         self.config.check_size(width, height)
         patch = self.config.patch_size
         grid = (height // patch, width // patch)
+        if slices is not None:
+            return self._prelude_in_slices(pixels, t, caption, grid, slices)
         rows = self.x_embedder(patchify(pixels, patch))
         length = padded_length(rows.shape[1])
         tokens = torch.stack([pad_rows(row, length, self.x_pad_token) for row in rows])
         rope = rope_table(image_positions(grid, caption.length, length, pixels.device), self.config.rope_axes)
         return State(tokens, rope, self.t_embedder(t, pixels.dtype), caption)
+
+    def _prelude_in_slices(
+        self, pixels: Tensor, t: Tensor, caption: Caption, grid: tuple[int, int], slices: Slices
+    ) -> State:
+        """Embeds rows of patches straight into a buffer with room for the caption."""
+        patch, (rows, columns) = self.config.patch_size, grid
+        used, length = rows * columns, padded_length(rows * columns)
+        device, dtype = caption.tokens.device, caption.tokens.dtype
+        room = torch.empty(pixels.shape[0], length + caption.length, self.config.dim, device=device, dtype=dtype)
+        step = slices.patch_rows or rows
+        for row in range(0, rows, step):
+            strip = pixels[:, :, row * patch : (row + step) * patch].to(device, dtype)
+            start = row * columns
+            room[:, start : min(start + step * columns, used)] = self.x_embedder(patchify(strip, patch))
+        room[:, used:length] = self.x_pad_token.to(dtype)
+        rope = rope_table(image_positions(grid, caption.length, length, device), self.config.rope_axes)
+        return State(room[:, :length], rope, self.t_embedder(t.to(device), dtype), caption, room=room)
 
     def epilogue(self, state: State, pixels: Tensor) -> Tensor:
         """The state after the last block -> velocity (B, 3, H, W)."""
@@ -298,12 +449,17 @@ class L2PTransformer(nn.Module):
         return state.tokens[:, : rows * columns].transpose(1, 2).unflatten(2, (rows, columns))
 
     def forward(
-        self, pixels: Tensor, t: Tensor, caption: Caption, attend: Attention = F.scaled_dot_product_attention
+        self,
+        pixels: Tensor,
+        t: Tensor,
+        caption: Caption,
+        attend: Attention = F.scaled_dot_product_attention,
+        slices: Slices | None = None,
     ) -> Tensor:
         """pixels (B, 3, H, W) at noise level sigma, t (B,) = 1 - sigma -> velocity (B, 3, H, W)."""
-        state = self.prelude(pixels, t, caption)
+        state = self.prelude(pixels, t, caption, slices)
         for block in self.blocks():
-            state = block.visit(state, attend)
+            state = block.visit(state, attend, slices)
         return self.epilogue(state, pixels)
 
 

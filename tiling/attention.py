@@ -63,6 +63,7 @@ def online_softmax(q: Tensor, k: Tensor, v: Tensor, *, key_tile: int) -> Tensor:
         weight.mul_(shrink).add_(scores.sum(-1, keepdim=True))
         total.mul_(shrink).add_(scores @ v[:, :, here].to(kind))
         highest = raised
+        del scores  # before the next tile needs the room
     return total.div_(weight).to(q.dtype)
 
 

@@ -1,0 +1,87 @@
+"""Peak activation bytes of a denoising step from sizes alone: what a plan counts with before anything runs.
+
+Letters: L tokens of a branch (image and caption, pads included), D token width, G = heads x head width of one
+head group, F feed-forward width, T and Q tokens and queries of one slice, e bytes of an element. All for one
+branch of batch 1. A kernel's own scratch, weights, and what the allocator rounds up are not in here.
+
+    state       L (D e + 4 head width)                    token stream, RoPE table (complex64): lives all step
+    block       L D e + 2 L G e                           attention result, keys and values of a head group
+                + weights of the group + the larger of a projected slice and an attended slice,
+                or L D e + an output slice, or the feed-forward's slice
+    prelude     a strip of patches: pixels, patches, embedded rows; or making the RoPE table
+    epilogue    `decoder_plan.peak_bytes`
+"""
+
+from __future__ import annotations
+
+from .config import IMAGE_CHANNELS, ModelConfig
+from .decoder_plan import DecoderJob, DecoderPlan
+from .decoder_plan import peak_bytes as decoder_peak_bytes
+from .model import padded_length
+from .slicing import SliceSizes
+
+
+def image_tokens(config: ModelConfig, width: int, height: int) -> int:
+    """Image tokens of a picture, pads included."""
+    return padded_length((width // config.patch_size) * (height // config.patch_size))
+
+
+def state_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
+    """What a branch of `tokens` holds from the prelude to the epilogue: L (D e + head width / 2 * 8)."""
+    return tokens * (config.dim * itemsize + config.head_dim // 2 * 8)
+
+
+def block_bytes(
+    config: ModelConfig, tokens: int, sizes: SliceSizes, itemsize: int, *, stored_itemsize: int, dequantize_bytes: int
+) -> int:
+    """Most bytes alive beside the state while a block updates it in slices.
+
+    stored_itemsize: of the qkv weight in the checkpoint; another than `itemsize` means that a head group's
+    rows are converted. dequantize_bytes: what `Linear.forward` takes for the rows of a weight that it
+    converts at a time (0 where the weights are stored in the activations' dtype).
+    """
+    dim, e = config.dim, itemsize
+    group = min(sizes.heads, config.n_heads) * config.head_dim
+    slice_tokens, queries = min(sizes.tokens, tokens), min(sizes.queries, tokens)
+    result, row = tokens * dim * e, slice_tokens * dim * e
+    converted = 0 if stored_itemsize == e else 3 * group * dim * e
+    attention = 2 * tokens * group * e + converted
+    attention += max(_project_bytes(slice_tokens, dim, group, e), _attend_bytes(queries, group, sizes, config, e))
+    if converted:
+        # Of the last of q, k, v: fp32 values and fp32 products, then products and result.
+        attention = max(attention, 2 * tokens * group * e + 2 * converted // 3 + 8 * group * dim)
+    output = 3 * row + dequantize_bytes
+    hidden = slice_tokens * config.ffn_dim * e
+    feed_forward = row + max(2 * hidden, hidden + row) + dequantize_bytes
+    return max(result + attention, result + output, feed_forward)
+
+
+def _project_bytes(tokens: int, dim: int, group: int, e: int) -> int:
+    """A slice through norm, modulation, projection, q/k norm and rotation; the rotation of k is the worst:
+    beside h and q there are its input, the fp32 pairs (a view for fp32), the turned pairs and their result."""
+    copied = 0 if e == 4 else 4 + e
+    return max(2 * tokens * dim * e, tokens * dim * e + tokens * group * (2 * e + 4 + copied))
+
+
+def _attend_bytes(queries: int, group: int, sizes: SliceSizes, config: ModelConfig, e: int) -> int:
+    """The result of one slice of queries; with key tiles, the running sums and one tile of scores, in fp32."""
+    if sizes.keys is None:
+        return queries * group * e
+    heads = group // config.head_dim
+    return queries * group * 3 * 4 + heads * queries * sizes.keys * 4 + sizes.keys * group * 4
+
+
+def prelude_bytes(config: ModelConfig, width: int, height: int, sizes: SliceSizes, itemsize: int) -> int:
+    """Most bytes alive beside the state (and the states of other branches) while a picture is embedded."""
+    patch, tokens = config.patch_size, image_tokens(config, width, height)
+    rows = min(sizes.patch_rows, height // patch)
+    pixels = IMAGE_CHANNELS * rows * patch * width * itemsize
+    embedded = rows * (width // patch) * config.dim * itemsize
+    # Before the table itself: angles twice (parts and whole), and ones of the same shape, all fp32.
+    rope = tokens * config.head_dim // 2 * 12
+    return max(2 * pixels + embedded, pixels + rope + embedded)
+
+
+def epilogue_bytes(config: ModelConfig, width: int, height: int, plan: DecoderPlan, itemsize: int) -> int:
+    """Most bytes alive beside the states while the local decoder runs."""
+    return decoder_peak_bytes(DecoderJob.of(config, width, height), plan, itemsize)
