@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from l2p_lowvram import activations
 from l2p_lowvram.config import ModelConfig
 from l2p_lowvram.families import PUBLISHED
-from l2p_lowvram.linear import Linear, Rotation
+from l2p_lowvram.linear import CPU_SLICE_BYTES, Linear, Rotation
 from l2p_lowvram.model import Block, Caption, L2PTransformer, Slices, State, TransformerBlock
 from l2p_lowvram.quantization import Scheme
 from l2p_lowvram.sampling import model_time
@@ -185,13 +185,18 @@ COUNTED = [
 ]
 
 
-def counted_block(config: ModelConfig, tokens: int, sizes: SliceSizes, dtype: torch.dtype) -> tuple[int, int]:
+def counted_block(
+    config: ModelConfig, tokens: int, sizes: SliceSizes, dtype: torch.dtype, *, int8: bool = False
+) -> tuple[int, int]:
     """(bytes of the state, most bytes beside it while a block runs), on tensors without data."""
     with torch.device("meta"):
         module = TransformerBlock(config, modulated=True)
     with torch.inference_mode(), FakeTensorMode(), LiveBytes() as live:
         for name, parameter in list(module.named_parameters()):
             bind(module, name, torch.empty(parameter.shape, dtype=dtype))
+        for linear in (m for m in module.modules() if isinstance(m, Linear) and m.bias is None and int8):
+            rows, columns = linear.weight.shape
+            linear.quantize_(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1))
         before = live.restart()
         x = torch.empty(1, tokens, config.dim, dtype=dtype)
         rope = torch.empty(tokens, config.head_dim // 2, dtype=torch.complex64)
@@ -211,6 +216,18 @@ def test_the_predicted_bytes_of_a_block_are_the_counted_ones(tokens: int, sizes:
 
     assert activations.state_bytes(config, tokens, e) == state
     predicted = activations.block_bytes(config, tokens, sizes, e, stored_itemsize=e, dequantize_bytes=0)
+    assert predicted == pytest.approx(beside, rel=0.05)
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), COUNTED[:2])
+def test_the_predicted_bytes_with_int8_weights_are_the_counted_ones(tokens: int, sizes: SliceSizes):
+    config = PUBLISHED["1k"]
+
+    _, beside = counted_block(config, tokens, sizes, torch.bfloat16, int8=True)
+
+    # Rows of a weight in fp32, and their product with the scale.
+    rows = 2 * CPU_SLICE_BYTES
+    predicted = activations.block_bytes(config, tokens, sizes, 2, stored_itemsize=1, dequantize_bytes=rows)
     assert predicted == pytest.approx(beside, rel=0.05)
 
 
