@@ -22,7 +22,13 @@ REGULAR, SYLVESTER = "regular", "sylvester"
 
 # Of a weight in fp32, while it is dequantised: what stays in a CPU's cache; on a GPU, enough rows for full speed.
 CPU_SLICE_BYTES = 4 << 20
-DEVICE_SLICE_BYTES = 64 << 20
+DEVICE_SLICE_BYTES = 16 << 20
+
+
+def converted_bytes(device: torch.device, itemsize: int) -> int:
+    """Most bytes that a layer takes for the rows it converts at a time: fp32 values, fp32 products, the result."""
+    nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
+    return 2 * nbytes + nbytes * itemsize // 4
 
 
 @dataclass(frozen=True)

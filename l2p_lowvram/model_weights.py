@@ -11,42 +11,33 @@ and a prompt, once before its first step, caption_embedder and context_refiner.*
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+from offload import Block, BudgetError, Checkpoint, TensorSource
 
-from offload import Block, Checkpoint, TensorSource
-
-from .config import TOKEN_MULTIPLE, ModelConfig
+from .activations import image_tokens
+from .config import ModelConfig
+from .decoder_plan import DecoderJob, macs, whole_plan
 from .layout import ModelLayout
 from .model import L2PTransformer
 from .streaming import Streamer, WeightStream, Work
+from .tilings import PictureWork, Tiling, device_activations, tilings
 
 CAPTION_EMBEDDER, IMAGE_EMBEDDER, LOCAL_DECODER = "caption_embedder", "image_embedder", "local_decoder"
 _CAPTION_PARAMETERS = ("cap_embedder", "cap_pad_token")
 _DECODER_PARAMETERS = "local_decoder"
-# Multiplications a second, for the planner alone: of a slow card and of one CPU core.
-_FLOPS = {"cpu": 60e9}
-_DEVICE_FLOPS = 20e12
-
-
-@dataclass(frozen=True)
-class PictureWork:
-    """What a run computes on: the size of its pictures, how many branches share a visit, caption tokens of each."""
-
-    width: int
-    height: int
-    branches: int
-    caption_tokens: int
-    dtype: torch.dtype
+# Operations a second, for the planner alone: of one CPU core, and of a slow card.
+_FLOPS, _DEVICE_FLOPS = 60e9, 20e12
 
 
 class TransformerWeights(Protocol):
     """Lends the transformer its weights. `visit` works between `open` and `close`."""
 
-    def open(self, work: PictureWork) -> None:
-        """Get ready for a run, keeping what an earlier one left there if it fits. Raises BudgetError."""
+    def open(self, work: PictureWork) -> Tiling:
+        """Get ready for a run, keeping what an earlier one left there if it fits; says how to cut it.
+
+        Raises BudgetError.
+        """
 
     def visit(self, name: str) -> AbstractContextManager[None]: ...
 
@@ -57,7 +48,11 @@ class TransformerWeights(Protocol):
 class ResidentWeights:
     """A model that has its weights."""
 
-    def open(self, work: PictureWork) -> None: ...
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
+    def open(self, work: PictureWork) -> Tiling:
+        return next(tilings(self._config, work))
 
     def visit(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -78,15 +73,32 @@ class StreamedWeights:
         self._blocks, self._once = cut_into_blocks(layout)
         self._stream: WeightStream | None = None
 
-    def open(self, work: PictureWork) -> None:
-        activations = activation_bytes(self._config, work)
+    def open(self, work: PictureWork) -> Tiling:
+        tiling, demand = self.choose(work)
         if self._stream is not None and not self._stream.closed:
-            if activations <= self._stream.work.activations:
-                return
+            if demand.activations <= self._stream.work.activations:
+                return tiling
             self._stream.close()
-        seconds = visit_seconds(self._config, work, self._blocks, self._streamer.device.type)
-        demand = Work(f"{work.width}x{work.height}", self._blocks, seconds, activations, self._once)
         self._stream = self._streamer.open(self._transformer, self._checkpoint, demand)
+        return tiling
+
+    def choose(self, work: PictureWork) -> tuple[Tiling, Work]:
+        """The largest slices whose activations leave room for the weights' ring. Raises BudgetError."""
+        on_cpu = self._streamer.device.type == "cpu"
+        seconds = visit_seconds(self._config, work, self._blocks, _FLOPS if on_cpu else _DEVICE_FLOPS)
+        refusal: BudgetError | None = None
+        for tiling in tilings(self._config, work):
+            activations = device_activations(self._config, work, tiling, on_cpu=on_cpu)
+            phase = f"{work.width}x{work.height}"
+            demand = Work(phase, self._blocks, seconds, activations, self._once, work.host_bytes)
+            try:
+                self._streamer.require_room(self._checkpoint, demand)
+            except BudgetError as error:
+                refusal = error
+            else:
+                return tiling, demand
+        assert refusal is not None, "there is always a first choice"
+        raise refusal
 
     def visit(self, name: str) -> AbstractContextManager[None]:
         assert self._stream is not None, "open comes first"
@@ -116,33 +128,24 @@ def _part(name: str) -> str:
     return LOCAL_DECODER if root == _DECODER_PARAMETERS else IMAGE_EMBEDDER
 
 
-def image_tokens(config: ModelConfig, width: int, height: int) -> int:
-    """Tokens of a picture, pads included."""
-    tokens = (width // config.patch_size) * (height // config.patch_size)
-    return -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+def visit_seconds(config: ModelConfig, work: PictureWork, blocks: list[Block], flops: float) -> dict[str, float]:
+    """Seconds per visit of each block, all branches together, at `flops` operations a second."""
+    seconds = {}
+    for block in blocks:
+        if block.name.startswith("context_refiner."):
+            tokens, seen = work.branches * work.caption_tokens, work.caption_tokens
+        elif block.name.startswith("noise_refiner."):
+            seen = image_tokens(config, work.width, work.height)
+            tokens = work.pictures * seen  # guided branches share them
+        else:
+            seen = work.tokens(config)
+            tokens = work.branches * seen
+        seconds[block.name] = _block_flops(config, tokens, seen) / flops if "." in block.name else 0.0
+    decoder = work.branches * 2 * macs(DecoderJob.of(config, work.width, work.height), whole_plan(config.decoder))
+    return seconds | {LOCAL_DECODER: decoder / flops}
 
 
-def activation_bytes(config: ModelConfig, work: PictureWork) -> int:
-    """An upper estimate of what a step holds beside the weights, in bytes.
-
-    Tokens of every branch; one branch's widest moment in a block; the local decoder's maps at full
-    resolution; the picture, its noise and its estimate in fp32.
-    """
-    size = work.dtype.itemsize
-    tokens = image_tokens(config, work.width, work.height) + work.caption_tokens
-    streams = work.branches * tokens * config.dim * size
-    block = tokens * max(3 * config.ffn_dim * size, config.dim * (7 * size + 16))
-    pixels = work.width * work.height
-    level = config.decoder.levels[0]
-    decoder = pixels * size * (2 * level.encoder + 2 * level.up + level.out + 8)
-    dequantised = 48 << 20
-    return streams + max(block, decoder) + work.branches * pixels * 3 * 4 * 4 + dequantised
-
-
-def visit_seconds(config: ModelConfig, work: PictureWork, blocks: list[Block], device_type: str) -> dict[str, float]:
-    """Rough seconds per visit of each block, all branches together."""
-    tokens = work.branches * (image_tokens(config, work.width, work.height) + work.caption_tokens)
-    per_second = _FLOPS.get(device_type, _DEVICE_FLOPS)
-    dim, ffn = config.dim, config.ffn_dim
-    block = 2 * tokens * (4 * dim * dim + 3 * dim * ffn) + 4 * tokens * (tokens // max(work.branches, 1)) * dim
-    return {b.name: (block if "." in b.name else block / 10) / per_second for b in blocks}
+def _block_flops(config: ModelConfig, tokens: int, seen: int) -> float:
+    """Operations of a transformer block on `tokens`, each attending to `seen`."""
+    dim = config.dim
+    return 2.0 * tokens * (4 * dim * dim + 3 * dim * config.ffn_dim) + 4.0 * tokens * seen * dim

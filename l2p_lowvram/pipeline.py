@@ -6,10 +6,12 @@ refines the captions once, then walks the blocks once per step with every branch
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +27,12 @@ from offload import parse_bytes
 from . import images, sampling
 from .config import IMAGE_CHANNELS, ModelConfig
 from .devices import choose_device, choose_dtype, full_fp32
-from .errors import NonFiniteError
-from .model import Caption, L2PTransformer, padded_length
+from .errors import NonFiniteError, is_out_of_memory
+from .model import Caption, L2PTransformer, State, padded_length
 from .model_weights import (
     CAPTION_EMBEDDER,
     IMAGE_EMBEDDER,
     LOCAL_DECODER,
-    PictureWork,
     ResidentWeights,
     TransformerWeights,
 )
@@ -39,8 +40,11 @@ from .prompt_cache import PromptCache
 from .prompts import PromptEncoder
 from .report import PhaseFigures, phase_figures
 from .repository import ModelFiles, header_sha256, locate_model
+from .slicing import key_tile_for
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import MemoryOptions, Streamer
+from .tiled_decoder import decode_tiled, reading, writing_velocity
+from .tilings import PictureWork, Tiling, tilings
 
 StepCallback = Callable[["L2PPipeline", int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
 ProgressCallback = Callable[[str, int, int], None]
@@ -68,7 +72,8 @@ class PipelineOutput:
 class _Job:
     """A checked request: everything the denoising loop needs."""
 
-    pixels: Tensor  # (B, 3, H, W) fp32, the start
+    work: PictureWork
+    pixels: Tensor  # (B, 3, H, W) fp32 in host memory, the start
     sigmas: Tensor  # (steps + 1,) fp32, the last 0
     positive: list[Caption]
     negative: list[Caption] | None
@@ -102,11 +107,12 @@ class L2PPipeline:
         warnings: Sequence[str] = (),
     ) -> None:
         self.transformer = transformer
-        self.weights = ResidentWeights() if weights is None else weights
+        self.weights = ResidentWeights(transformer.config) if weights is None else weights
         self.text_encoder = text_encoder
         self.device = torch.device(device)
         self.streamer = Streamer(self.device) if streamer is None else streamer
         self._finalizer = weakref.finalize(self, _close, self.weights, self.streamer)
+        self._notices: list[str] = []
         self._refined: list[tuple[Tensor, Caption]] = []
         self.dtype = dtype
         self.bf16_timestep = bf16_timestep
@@ -229,9 +235,10 @@ class L2PPipeline:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is odd about the model, and why prompts are not cached if that failed."""
+        """What is odd about the model, why prompts are not cached if that failed, where memory ran out."""
         cache = self.prompt_encoder.cache if self.prompt_encoder is not None else None
-        return self._warnings if cache is None or cache.warning is None else (*self._warnings, cache.warning)
+        cached = [] if cache is None or cache.warning is None else [cache.warning]
+        return (*self._warnings, *cached, *self._notices)
 
     def interrupt(self) -> None:
         """Stop after the current step (from a callback or another thread)."""
@@ -326,31 +333,38 @@ class L2PPipeline:
         started = time.perf_counter()
         features = self._features([*prompts, *(negatives or [])])
         encoded = time.perf_counter()
-        branches = batch * (1 if negatives is None else 2)
-        longest = max(padded_length(item.shape[0]) for item in features)
-        self.weights.open(PictureWork(width, height, branches, longest, self.dtype))
+        work = self.work(width, height, batch, cfg, max(item.shape[0] for item in features))
+        tiling = self.weights.open(work)
         captions = self._captions(features)
         job = _Job(
-            pixels.to(self.device),
-            schedule.to(self.device),
+            work,
+            pixels.cpu(),
+            schedule,
             _repeat(captions[: len(prompts)], count),
             None if negatives is None else _repeat(captions[len(prompts) :], count),
             cfg,
             callback_on_step_end,
         )
         with full_fp32(self.device, self.dtype):
-            result = self._denoise(job)
+            result = self._denoise(job, tiling)
         seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
         return PipelineOutput(_as_output(result, output_type), seeds, seconds, self._interrupted)
 
-    def _denoise(self, job: _Job) -> Tensor:
-        """The Euler loop. Returns the final pixels, or the last estimate after `interrupt`."""
+    def work(self, width: int, height: int, pictures: int, cfg_scale: float, caption_tokens: int) -> PictureWork:
+        """What a call computes on, for plans."""
+        keys = key_tile_for(self.config, self.device, self.dtype)
+        tokens = padded_length(caption_tokens)
+        return PictureWork(width, height, pictures, cfg_scale != 1, tokens, self.dtype, keys)
+
+    def _denoise(self, job: _Job, tiling: Tiling) -> Tensor:
+        """The Euler loop, on pictures in host memory. Returns the last pixels, or the estimate after `interrupt`."""
         pixels, steps = job.pixels, len(job.sigmas) - 1
         for step in range(steps):
             sigma, next_sigma = job.sigmas[step], job.sigmas[step + 1]
-            velocity = self._guided_velocity(job, pixels, sigma, step)
+            velocity, tiling = self._guided_velocity(job, pixels, sigma, step, tiling)
             estimate = sampling.denoised(pixels, velocity, sigma)
             pixels = sampling.euler_step(pixels, velocity, sigma, next_sigma)
+            del velocity
             if not pixels.isfinite().all():
                 raise NonFiniteError("sampler", step, steps, hint=f"is a cfg_scale of {job.cfg_scale:g} meant?")
             if job.callback is not None:
@@ -371,40 +385,85 @@ class L2PPipeline:
             )
         return replaced.to(pixels)
 
-    def _guided_velocity(self, job: _Job, pixels: Tensor, sigma: Tensor, step: int) -> Tensor:
-        """(B, 3, H, W) fp32. The branches of all pictures share each block visit: every block's
-        weights are needed once a step, while shapes and bits stay those of single runs."""
-        inputs = pixels.to(self.dtype).split(1)
-        captions = list(job.positive) + list(job.negative or [])
-        branches = list(zip(list(inputs) * (len(captions) // len(inputs)), captions, strict=True))
-        velocities = self._velocities(branches, sigma, (step, len(job.sigmas) - 1))
-        positive = torch.cat(velocities[: len(inputs)]).float()
+    def _guided_velocity(
+        self, job: _Job, pixels: Tensor, sigma: Tensor, step: int, tiling: Tiling
+    ) -> tuple[Tensor, Tiling]:
+        """(B, 3, H, W) fp32, and the tiling that held. Where memory runs out the slices become smaller, and this
+        step is done again: nothing before it is lost."""
+        while True:
+            try:
+                velocities = self._velocities(job, pixels, sigma, step, tiling)
+                break
+            except (RuntimeError, MemoryError) as error:
+                smaller = self._smaller(job.work, tiling) if is_out_of_memory(error) else None
+                if smaller is None:
+                    raise
+                tiling = smaller
+            # Outside of the handler, whose traceback holds on to the failed step's tensors.
+            self._recover_from_out_of_memory(step, tiling)
+        count = pixels.shape[0]
+        positive = torch.cat(velocities[:count])
         if job.negative is None:
-            return positive
-        return sampling.guide(positive, torch.cat(velocities[len(inputs) :]).float(), job.cfg_scale)
+            return positive, tiling
+        negative = torch.cat(velocities[count:])
+        del velocities
+        return sampling.guide(positive, negative, job.cfg_scale), tiling
 
-    def _velocities(
-        self, branches: Sequence[tuple[Tensor, Caption]], sigma: Tensor, step: tuple[int, int]
-    ) -> list[Tensor]:
-        """One forward of every (pixels, caption) branch, block by block."""
-        t = sampling.model_time(sigma.reshape(1), bf16=self.bf16_timestep)
-        visit, model = self.weights.visit, self.transformer
+    def _smaller(self, work: PictureWork, tiling: Tiling) -> Tiling | None:
+        return next((choice for choice in tilings(self.config, work) if choice.level > tiling.level), None)
+
+    def _recover_from_out_of_memory(self, step: int, tiling: Tiling) -> None:
+        gc.collect()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device.type).empty_cache()
+        self._notices.append(f"out of memory in step {step + 1}; it is done again in slices of {tiling.told()}")
+
+    def _velocities(self, job: _Job, pixels: Tensor, sigma: Tensor, step: int, tiling: Tiling) -> list[Tensor]:
+        """One forward of every branch, block by block: velocities (1, 3, H, W) fp32 in host memory, all
+        pictures' positive ones, then their negative ones.
+
+        The branches share each block visit: every block's weights are needed once a step, while shapes and
+        bits stay those of single runs. Guided branches also share what does not see the caption.
+        """
+        t = sampling.model_time(sigma.reshape(1), bf16=self.bf16_timestep).to(self.device)
+        visit, model, slices = self.weights.visit, self.transformer, tiling.sizes.slices()
+        pictures = list(pixels.split(1))
+        branches = [*zip(range(len(pictures)), job.positive, strict=True)]
+        if job.negative is not None:
+            branches += zip(range(len(pictures)), job.negative, strict=True)
         with visit(IMAGE_EMBEDDER):
-            states = [model.prelude(pixels, t, caption) for pixels, caption in branches]
+            # A caption's length is all that the image tokens know of it: their positions come after it.
+            shared = {(picture, caption.length): caption for picture, caption in reversed(branches)}
+            common = {key: model.prelude(pictures[key[0]], t, caption, slices) for key, caption in shared.items()}
+        states: list[State] = []
         blocks = model.blocks()
         report = self._report("denoise")
         report(0, len(blocks))
         for done, block in enumerate(blocks, 1):
             with visit(block.name):
-                states = [block.visit(state) for state in states]
+                if not block.joint:
+                    common = {key: block.visit(state, slices=slices) for key, state in common.items()}
+                else:
+                    states = states or _part_branches(branches, common)
+                    states = [block.visit(state, slices=slices) for state in states]
             report(done, len(blocks))
         with visit(LOCAL_DECODER):
-            velocities = [model.epilogue(state, pixels) for (pixels, _), state in zip(branches, states, strict=True)]
-        for velocity, state in zip(velocities, states, strict=True):
-            if not velocity.isfinite().all():
-                phase = "local decoder" if state.tokens.isfinite().all() else "transformer"
-                raise NonFiniteError(phase, *step, hint="" if self.dtype == torch.float32 else "try dtype fp32")
-        return velocities
+            return [
+                self._decode(pictures[picture], state, tiling, (step, len(job.sigmas) - 1))
+                for (picture, _), state in zip(branches, states or _part_branches(branches, common), strict=True)
+            ]
+
+    def _decode(self, picture: Tensor, state: State, tiling: Tiling, step: tuple[int, int]) -> Tensor:
+        """A finished state -> velocity (1, 3, H, W) fp32 in host memory. Raises NonFiniteError."""
+        model = self.transformer
+        velocity = torch.empty_like(picture)
+        size = (picture.shape[-2], picture.shape[-1])
+        read, write = reading(picture, self.device, self.dtype), writing_velocity(velocity)
+        decode_tiled(model.local_decoder, tiling.decoder, size, read, model.feature_map(state, picture), write)
+        if not velocity.isfinite().all():
+            phase = "local decoder" if state.tokens.isfinite().all() else "transformer"
+            raise NonFiniteError(phase, *step, hint="" if self.dtype == torch.float32 else "try dtype fp32")
+        return velocity
 
     def _report(self, phase: str) -> Callable[[int, int], None]:
         callback = self.on_progress
@@ -540,6 +599,20 @@ def _bytes(size: int | str | None, name: str) -> int | None:
         return parse_bytes(size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _part_branches(branches: Sequence[tuple[int, Caption]], common: dict[tuple[int, int], State]) -> list[State]:
+    """A state per branch from those they share so far: the last one of each takes the shared buffer over."""
+    states: list[State] = []
+    left = Counter((picture, caption.length) for picture, caption in branches)
+    for picture, caption in branches:
+        key = (picture, caption.length)
+        left[key] -= 1
+        state = replace(common[key], caption=caption)
+        # Joined before the owner is: joining a copy leaves the shared tokens as they are.
+        states.append(replace(state, room=None).join() if left[key] else state.join())
+    common.clear()
+    return states
 
 
 def _repeat(captions: Sequence[Caption], count: int) -> list[Caption]:

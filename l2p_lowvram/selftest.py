@@ -105,11 +105,8 @@ def _pipeline(streamer: Streamer) -> L2PPipeline:
 
 def _check(device: torch.device, io: str, expected: Tensor, features: Sequence[Tensor], *, smallest: bool) -> Check:
     what = f"{io}, {'smallest ring' if smallest else 'all that fits'}, poisoned slots, random delays"
-    budget = {"ram" if device.type == "cpu" else "vram": _smallest_budget(device, io, features)} if smallest else {}
-    options = MemoryOptions(**budget, io=io, poison=True)
     try:
-        with _pipeline(DelayingStreamer(device, options)) as pipe:
-            found = _draw(pipe, features)
+        found = _draw_in_smallest(device, io, features) if smallest else _draw_in(device, io, features, None)
     except OSError as error:  # a file system without direct reads
         return Check(str(device), what, None, f"not run: {error.strerror or error}")
     if found.isnan().any():
@@ -117,15 +114,23 @@ def _check(device: torch.device, io: str, expected: Tensor, features: Sequence[T
     return Check(str(device), what, float((found - expected).abs().max()))
 
 
-def _smallest_budget(device: torch.device, io: str, features: Sequence[Tensor]) -> int:
-    """What a refusal names."""
-    options = MemoryOptions(**{"ram" if device.type == "cpu" else "vram": 1}, io=io)  # type: ignore[arg-type]
-    try:
-        with _pipeline(Streamer(device, options)) as pipe:
-            _draw(pipe, features)
-    except BudgetError as error:
-        return error.needed
-    return 1  # nothing is held where the file is mapped
+def _draw_in_smallest(device: torch.device, io: str, features: Sequence[Tensor]) -> Tensor:
+    """In what a refusal says is needed; asked again where the process has grown meanwhile."""
+    budget = 1
+    while True:
+        try:
+            return _draw_in(device, io, features, budget)
+        except BudgetError as error:
+            if error.needed <= budget:
+                raise
+            budget = error.needed
+
+
+def _draw_in(device: torch.device, io: str, features: Sequence[Tensor], budget: int | None) -> Tensor:
+    bounded = {"ram" if device.type == "cpu" else "vram": budget}
+    options = MemoryOptions(**bounded, io=io, poison=True)
+    with _pipeline(DelayingStreamer(device, options)) as pipe:
+        return _draw(pipe, features)
 
 
 def _draw(pipe: L2PPipeline, features: Sequence[Tensor]) -> Tensor:

@@ -93,7 +93,8 @@ class Work:
     """What a phase asks of its weights.
 
     phase: for reports and messages. seconds: rough compute time per visit of each block. activations: peak
-    bytes beside the weights. once: blocks visited at the start only, the others round and round.
+    bytes beside the weights. once: blocks visited at the start only, the others round and round. host_bytes:
+    taken in host memory beside a device.
     """
 
     phase: str
@@ -101,6 +102,7 @@ class Work:
     seconds: Mapping[str, float]
     activations: int
     once: Collection[str] = ()
+    host_bytes: int = 0
 
     def costs(self) -> list[BlockCost]:
         return [
@@ -234,7 +236,7 @@ class Streamer:
     def open(self, model: nn.Module, checkpoint: Checkpoint, work: Work) -> WeightStream:
         """Plan the phase, take its memory, start reading. Raises BudgetError, CheckpointError, OSError."""
         io = self._choose_io(checkpoint)
-        if not self._has_ring or (io.io == "mmap" and self.device.type == "cpu"):
+        if self._computes_mapped(io):
             return self._open_mapped(model, checkpoint, work, io)
         plan = self._plan_with_room(work)
         with ExitStack() as stack:
@@ -256,14 +258,21 @@ class Streamer:
         self.streams.append(stream)
         return stream
 
+    def require_room(self, checkpoint: Checkpoint, work: Work) -> None:
+        """Raise BudgetError unless the phase fits, no other being open."""
+        if self._computes_mapped(self._choose_io(checkpoint)):
+            self._room_for_pages(work, ())
+        else:
+            self.plan(work)
+
     def open_reader(self, checkpoint: Checkpoint, io: str) -> Reader:
         """What reads a phase's files. Raises CheckpointError, OSError."""
         return Reader(checkpoint, io=io)
 
-    def plan(self, work: Work) -> ResidencyPlan:
-        """Where the blocks of a phase will live, beside those of the phases that are open. Raises BudgetError."""
+    def plan(self, work: Work, beside: Sequence[WeightStream] = ()) -> ResidencyPlan:
+        """Where the blocks of a phase will live, beside those of phases that stay open. Raises BudgetError."""
         is_cpu = self.device.type == "cpu"
-        budget = self._host_budget(work) if is_cpu else self._device_budget(work)
+        budget = self._host_budget(work, beside) if is_cpu else self._device_budget(work, beside)
         rates = Rates(disk=_DISK_RATE) if is_cpu else Rates(disk=_DISK_RATE, cached=_CACHED_RATE, link=_LINK_RATE)
         try:
             return plan_residency(work.costs(), rates, budget, slots=self.options.slots)
@@ -274,26 +283,24 @@ class Streamer:
     def _plan_with_room(self, work: Work) -> ResidencyPlan:
         """`plan`, if need be after closing the other phases."""
         try:
-            return self.plan(work)
+            return self.plan(work, self.streams)
         except BudgetError:
-            if not any(not stream.closed for stream in self.streams):
-                raise
             self.close_streams()
             return self.plan(work)
 
     def _open_mapped(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
         with ExitStack() as stack:
-            keep = self._room_for_pages(work) if self.device.type == "cpu" else None
+            keep = self._room_for_pages(work, self.streams)
             blocks = stack.enter_context(MappedBlocks(checkpoint, work.blocks, self.device, keep_bytes=keep))
             stream = WeightStream(model, work, blocks, stack.pop_all(), io, checkpoint=checkpoint)
         self.streams.append(stream)
         return stream
 
-    def _room_for_pages(self, work: Work) -> int | None:
+    def _room_for_pages(self, work: Work, beside: Sequence[WeightStream]) -> int | None:
         """Bytes of mapped pages that may stay between visits; None without a budget. Raises BudgetError."""
-        if self.options.ram is None:
+        if self.options.ram is None or self.device.type != "cpu":
             return None
-        budget = self._host_budget(work)
+        budget = self._host_budget(work, beside)
         # The block at hand and the one whose pages are being brought.
         passing = 2 * max((block.nbytes for block in work.blocks), default=0)
         if passing > budget.weights:
@@ -307,9 +314,9 @@ class Streamer:
             )
         return budget.weights - passing
 
-    @property
-    def _has_ring(self) -> bool:
-        return self.device.type in ("cpu", "cuda")
+    def _computes_mapped(self, io: IoChoice) -> bool:
+        has_ring = self.device.type in ("cpu", "cuda")
+        return not has_ring or (io.io == "mmap" and self.device.type == "cpu")
 
     def _device(self) -> Device:
         if self._ring_device is None:
@@ -336,19 +343,19 @@ class Streamer:
         found = probe_io(checkpoint, rounds=3, round_bytes=8 << 20)
         return IoChoice(found.io, found.rates[found.io], found.reason)
 
-    def _host_budget(self, work: Work) -> Budget:
+    def _host_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
         """On the CPU: one budget for everything."""
-        held = sum(stream.device_bytes for stream in self.streams)
+        held = sum(stream.device_bytes for stream in beside)
         return Budget(self._ram(), work.activations, reserved=self._base() + held, name="RAM budget")
 
-    def _device_budget(self, work: Work) -> Budget:
-        held = sum(stream.device_bytes for stream in self.streams)
+    def _device_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
+        held = sum(stream.device_bytes for stream in beside)
         vram = self.options.vram
         if vram is None:
             free = available_device_bytes(self.device)
             assert free is not None, "a device with a ring tells its memory"
-            vram = (free + held) // 20 * 19 + CONTEXT_BYTES
-        host = max(self._ram() - self._base() - sum(stream.host_bytes for stream in self.streams), 0)
+            vram = (free + sum(stream.device_bytes for stream in self.streams)) // 20 * 19 + CONTEXT_BYTES
+        host = max(self._ram() - self._base() - work.host_bytes - sum(stream.host_bytes for stream in beside), 0)
         pin = system_pin_limit() if self.options.pin is None else self.options.pin
         return Budget(
             vram,

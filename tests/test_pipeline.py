@@ -13,8 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l2p_lowvram import L2PPipeline, NonFiniteError
+from l2p_lowvram import L2PPipeline, NonFiniteError, sampling
+from l2p_lowvram.layout import read_layout
 from l2p_lowvram.model import TransformerBlock
+from l2p_lowvram.tilings import tilings
+from l2p_lowvram.weights import load_transformer
+from offload import Checkpoint
 from tests import goldens
 from tests.test_golden_text import encoder_folder, tokenizer_file  # noqa: F401  (a fixture)
 
@@ -60,21 +64,63 @@ def test_pictures_of_a_batch_are_those_of_single_runs(pipe):
         assert torch.equal(together.images[index], alone.images[0])
 
 
-def test_guidance_visits_every_block_once_a_step_with_both_branches(pipe, monkeypatch):
-    visits: list[int] = []
-    original = TransformerBlock.forward
+@pytest.mark.parametrize(("tokens", "shared"), [(9, True), (40, False)])
+def test_a_step_visits_every_block_with_both_branches_and_shares_what_sees_no_caption(
+    pipe, monkeypatch, tokens: int, shared: bool
+):
+    """The image tokens see of a caption only its padded length, by their positions."""
+    visits: list[str] = []
+    names = {id(block.module): block.name for block in pipe.transformer.blocks()}
+    plain, in_place = TransformerBlock.forward, TransformerBlock.update_
 
-    def watch(self, x, rope, timestep_embedding=None, attend=torch.nn.functional.scaled_dot_product_attention):
-        visits.append(id(self))
-        return original(self, x, rope, timestep_embedding, attend)
+    def watch_refiner(self, *args):
+        visits.append("context refiner")
+        return plain(self, *args)
 
-    monkeypatch.setattr(TransformerBlock, "forward", watch)
+    def watch(self, *args):
+        visits.append(names[id(self)])
+        return in_place(self, *args)
+
+    monkeypatch.setattr(TransformerBlock, "forward", watch_refiner)
+    monkeypatch.setattr(TransformerBlock, "update_", watch)
     # Of no other test: captions of the call before are kept.
-    pipe(prompt_embeds=features(61), negative_prompt_embeds=features(62), seed=1, **FAST)
+    positive, negative = features(60 + tokens), features(62, tokens=tokens)
+    together = pipe(prompt_embeds=positive, negative_prompt_embeds=negative, seed=1, **FAST).images
+    monkeypatch.undo()
 
-    per_step = [id(block.module) for block in pipe.transformer.blocks() for _ in range(2)]
-    refiner = [id(block) for block in pipe.transformer.context_refiner for _ in range(2)]
-    assert visits == refiner + per_step * 2
+    refined = {"noise_refiner": 1 if shared else 2, "layers": 2}
+    per_step = [name for name in names.values() for _ in range(refined[name.split(".")[0]])]
+    assert visits == ["context refiner"] * 2 * len(pipe.transformer.context_refiner) + per_step * 2
+    assert torch.equal(together, unshared(pipe, positive, negative))
+
+
+def unshared(pipe, positive: Tensor, negative: Tensor) -> Tensor:
+    """The same run, every branch from the prelude on by itself."""
+    runs = [BranchRun(pipe, prompt) for prompt in (positive, negative)]
+    pixels = sampling.make_noise((1, 3, 32, 64), torch.Generator().manual_seed(1))
+    for sigma, following in pairwise(sampling.make_sigmas(2, pipe.config.defaults.shift)):
+        first, second = (run(pixels, sampling.model_time(sigma[None])) for run in runs)
+        velocity = sampling.guide(first, second, pipe.config.defaults.cfg_scale)
+        pixels = sampling.euler_step(pixels, velocity, sigma, following)
+    return pixels
+
+
+class BranchRun:
+    """One branch through a model that has its weights, in the pipeline's slices."""
+
+    def __init__(self, pipe, prompt: Tensor) -> None:
+        with Checkpoint.open(pipe.weights._checkpoint.files[0]) as checkpoint:
+            self.model = load_transformer(checkpoint, read_layout(checkpoint))
+        self.caption = self.model.encode_caption(prompt)
+        self.tiling = next(tilings(pipe.config, pipe.work(64, 32, 1, 2.0, prompt.shape[0])))
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor, t: Tensor) -> Tensor:
+        slices = self.tiling.sizes.slices()
+        state = self.model.prelude(pixels, t, self.caption, slices)
+        for block in self.model.blocks():
+            state = block.visit(state, slices=slices)
+        return self.model.epilogue(state, pixels)
 
 
 def test_guidance_of_one_never_looks_at_the_negative_prompt(pipe):

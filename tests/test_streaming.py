@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2p_lowvram import L2PPipeline, cli
+from l2p_lowvram import L2PPipeline, cli, streaming
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.model_weights import cut_into_blocks
 from l2p_lowvram.report import phase_table
@@ -21,7 +21,7 @@ from l2p_lowvram.repository import locate_model
 from l2p_lowvram.selftest import DelayedReader
 from l2p_lowvram.streaming import MemoryOptions, Streamer
 from l2p_lowvram.weights import build_transformer, lent, load_transformer
-from offload import BudgetError, Checkpoint, CheckpointError, Reader, Tier
+from offload import BudgetError, Checkpoint, CheckpointError, ProcessMemory, Reader, Tier
 from tests import goldens
 
 STEPS = 3
@@ -44,6 +44,12 @@ def nothing_is_left() -> Iterator[None]:
     gc.collect()  # tracebacks keep frames, and those pipelines
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("offload")] == []
     assert psutil.Process().num_fds() <= before
+
+
+@pytest.fixture(autouse=True)
+def process_of_a_fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test process grows from test to test, and with it what a budget has to hold."""
+    monkeypatch.setattr(streaming, "process_memory", lambda: ProcessMemory(300 << 20, 0, 0, 0))
 
 
 @pytest.fixture
@@ -199,7 +205,7 @@ def test_an_exception_inside_a_block_leaves_a_pipeline_that_works(model: Path, m
     with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
         block = pipe.transformer.layers[1]
         with monkeypatch.context() as patch:
-            patch.setattr(block, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(block, "update_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 pipe(**PROMPT, **FAST)
 

@@ -1,0 +1,119 @@
+"""How a run is cut: slice sizes of the transformer and tiles of the local decoder, from a small canonical set.
+
+Slices change the last bits of a picture, so they depend on the budget only when they must: every run
+takes the first, largest choice, and a smaller one only where the memory left does not hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from . import activations, linear
+from .config import IMAGE_CHANNELS, ModelConfig
+from .decoder_plan import DecoderJob, DecoderPlan, choose_plan, overhead
+from .model import padded_length
+from .slicing import SliceSizes
+
+# (tokens, queries, heads) of the transformer and bytes of the local decoder, from the largest to the smallest.
+_CHOICES = (
+    (4096, 8192, 6, 512 << 20),
+    (2048, 4096, 3, 256 << 20),
+    (1024, 2048, 2, 128 << 20),
+    (512, 1024, 1, 64 << 20),
+    (256, 512, 1, 32 << 20),
+)
+# fp32 pictures that a step holds in host memory beside one velocity per branch: the sample, the guided
+# velocity, the estimate, the next sample.
+_PICTURES = 4
+_PATCH_ROWS_PIXELS = 4 << 20
+
+
+@dataclass(frozen=True)
+class PictureWork:
+    """What a run computes on: the size of its pictures, how many of them, whether each has a second, guiding
+    branch, and the longest caption's tokens (pads included). keys: of `SliceSizes`, given by the device."""
+
+    width: int
+    height: int
+    pictures: int
+    guided: bool
+    caption_tokens: int
+    dtype: torch.dtype
+    keys: int | None = None
+
+    @property
+    def branches(self) -> int:
+        return self.pictures * (2 if self.guided else 1)
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Of one picture in fp32."""
+        return IMAGE_CHANNELS * self.width * self.height * 4
+
+    @property
+    def host_bytes(self) -> int:
+        """What the sampler's pictures take in host memory."""
+        return self.pixel_bytes * (self.pictures * _PICTURES + self.branches)
+
+    def tokens(self, config: ModelConfig) -> int:
+        """Of one branch, image and caption."""
+        return activations.image_tokens(config, self.width, self.height) + padded_length(self.caption_tokens)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One way to cut a run. level: its place in the canonical set, 0 the largest slices."""
+
+    level: int
+    sizes: SliceSizes
+    decoder: DecoderPlan
+
+    def told(self) -> str:
+        """`4096 tokens, 8192 queries, 6 heads, decoder tiles 512`."""
+        tiles = "/".join(str(stage.tile or "whole") for stage in self.decoder.stages)
+        sizes = self.sizes
+        return f"{sizes.tokens} tokens, {sizes.queries} queries, {sizes.heads} heads, decoder tiles {tiles}"
+
+
+def tilings(config: ModelConfig, work: PictureWork) -> Iterator[Tiling]:
+    """The canonical choices for a run, from the largest slices to the smallest."""
+    job = DecoderJob.of(config, work.width, work.height)
+    # The strip of patches that is embedded together: a few megapixels, at least one row of patches.
+    rows = max(1, _PATCH_ROWS_PIXELS // (config.patch_size * work.width))
+    for level, (tokens, queries, heads, limit) in enumerate(_CHOICES):
+        try:
+            decoder = _decoder_plan(job, limit, work.dtype.itemsize)
+        except ValueError:  # no plan is that small
+            return
+        sizes = SliceSizes(tokens, queries, min(heads, config.n_heads), work.keys, max(rows >> level, 1))
+        yield Tiling(level, sizes, decoder)
+
+
+@lru_cache(maxsize=256)
+def _decoder_plan(job: DecoderJob, limit: int, itemsize: int) -> DecoderPlan:
+    return choose_plan(job, limit, itemsize)
+
+
+def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling, *, on_cpu: bool) -> int:
+    """Peak bytes beside the weights in the memory that computes: on the CPU the sampler's pictures too.
+
+    The states and captions of every branch, and the widest moment of prelude, block and local decoder.
+    """
+    e, tokens, sizes = work.dtype.itemsize, work.tokens(config), tiling.sizes
+    states = work.branches * activations.state_bytes(config, tokens, e)
+    captions = work.branches * activations.state_bytes(config, padded_length(work.caption_tokens), e)
+    converted = linear.converted_bytes(torch.device("cpu" if on_cpu else "cuda"), e)
+    block = activations.block_bytes(config, tokens, sizes, e, stored_itemsize=1, dequantize_bytes=converted)
+    prelude = activations.prelude_bytes(config, work.width, work.height, sizes, e) + converted
+    epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, e)
+    peak = states + captions + max(block, prelude, epilogue)
+    return peak + (work.host_bytes if on_cpu else 0)
+
+
+def decoder_overhead(config: ModelConfig, work: PictureWork, tiling: Tiling) -> float:
+    """Arithmetic of the tiled local decoder relative to the whole one."""
+    return overhead(DecoderJob.of(config, work.width, work.height), tiling.decoder)
