@@ -1,9 +1,11 @@
 """The command line: options and environment in, one function per command, errors out as exit codes.
 
     0     done
-    2     an option, a file or a size that cannot be used (`user_input` says what counts), or a file that
-          `inspect` refuses
+    2     an option, a file, a size or a budget that cannot be used (`user_input` says what counts), or a file
+          that `inspect` refuses
     3     the model produced NaN or infinity
+    4     out of memory
+    5     more memory was held than the budget allows (`generate --strict-budget`)
     130   Ctrl-C
 
 Anything else keeps its traceback and exits with 1. torch is imported by the commands, not here, so that
@@ -32,7 +34,8 @@ EXIT_BUG, EXIT_INPUT, EXIT_NON_FINITE, EXIT_MEMORY, EXIT_INTERRUPTED = 1, 2, 3, 
 MODEL_VARIABLE, CACHE_VARIABLE = "L2P_MODEL", "L2P_CACHE_DIR"
 
 EXIT_CODES = """\
-exit codes: 0 done; 2 bad option, file or size; 3 NaN or infinity in the sample; 4 out of memory; 130 Ctrl-C"""
+exit codes: 0 done; 2 bad option, file, size or budget; 3 NaN or infinity in the sample; 4 out of memory;
+            5 budget broken (--strict-budget); 130 Ctrl-C"""
 
 GENERATE_EPILOG = f"""\
 examples:
@@ -51,6 +54,13 @@ environment:
   {CACHE_VARIABLE}  folder for prompt features instead of the user's cache folder
 
 {EXIT_CODES}"""
+
+PLAN_EPILOG = f"""\
+examples:
+  {PROGRAM} plan -m l2p_int8.safetensors -W 4096 -H 4096 --vram 6GiB
+  {PROGRAM} plan -m l2p_int8.safetensors -W 1024 -H 1024 --device-profile rtx4060-laptop-8g --json
+
+{EXIT_CODES} (2 also where it does not fit)"""
 
 INSPECT_EPILOG = f"""\
 examples:
@@ -121,6 +131,23 @@ def selftest_command(arguments: argparse.Namespace) -> int:
     return 0 if all(check.passed for check in checks) else EXIT_BUG
 
 
+def plan_command(arguments: argparse.Namespace) -> int:
+    from .planning import make_plan, plan_text
+    from .profiles import choose_profile
+    from .repository import locate_model
+    from .streaming import MemoryOptions
+
+    model = arguments.model or os.environ.get(MODEL_VARIABLE) or "demo"
+    with user_input():
+        profile = choose_profile(arguments.device_profile, vram=arguments.vram, dtype=arguments.dtype)
+        options = MemoryOptions(arguments.vram, arguments.ram, arguments.pin, arguments.io, arguments.slots)
+        files = locate_model(model, text_encoder=arguments.text_encoder)
+        request = {name: getattr(arguments, name) for name in ("width", "height", "steps", "cfg_scale")}
+        plan = make_plan(files, profile, options, {**request, "pictures": arguments.count})
+    print_line(plan.as_json() if arguments.json else plan_text(plan))
+    return 0 if plan.fits else EXIT_INPUT
+
+
 def profile_command(arguments: argparse.Namespace) -> int:
     from .profiles import as_json, as_text, measure_here
 
@@ -150,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_inspect(commands)
     _add_selftest(commands)
+    _add_plan(commands)
     _add_profile(commands)
     for add in (add_quantize, add_dequantize):
         add(lambda name, text, epilog, run: _command(commands, name, text, f"{epilog}\n{EXIT_CODES}", run))
@@ -242,6 +270,9 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of the paths")
     output.add_argument(
+        "--strict-budget", action="store_true", help="exit with 5 if more memory was held than --ram or --vram allows"
+    )
+    output.add_argument(
         "--report", metavar="FILE", help="write the same JSON, with time, bytes and memory of each phase, to a file"
     )
     output.add_argument("-q", "--quiet", action="store_true", help="no progress and no summary, only warnings")
@@ -293,6 +324,34 @@ def _add_selftest(commands: argparse._SubParsersAction[_Parser]) -> None:
         f"{EXIT_CODES} (1 also for a difference)",
         selftest_command,
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        "say what a run will hold, move and take, without running it",
+        PLAN_EPILOG,
+        plan_command,
+    )
+    parser.add_argument("-m", "--model", metavar="MODEL", help="as for generate; its headers are read, not its weights")
+    parser.add_argument("--text-encoder", metavar="PATH", help="file or folder; default: the model folder's")
+    parser.add_argument("-W", "--width", metavar="PIXELS", type=_count, help="default: the model's")
+    parser.add_argument("-H", "--height", metavar="PIXELS", type=_count, help="likewise")
+    parser.add_argument("--steps", metavar="N", type=_count, help="denoising steps")
+    parser.add_argument("--cfg-scale", metavar="C", type=_number, help="1 for no guidance: half the work")
+    parser.add_argument("--count", metavar="N", type=_count, default=1, help="pictures of one call (default 1)")
+    parser.add_argument(
+        "--device-profile",
+        metavar="NAME",
+        help="a card's name (rtx3060-12g, rtx4060-laptop-8g, rtx4090, …) or a .json file that profile wrote; "
+        "default: a slow card where --vram is given, else this machine",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: as the device computes"
+    )
+    _add_memory(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from offload.memory import MemoryWatch
 
     from .pipeline import L2PPipeline
+    from .tilings import PictureWork
 
+# 4 and below are the command line's own.
+EXIT_BUDGET = 5
+# Of a prompt that nobody has tokenised yet, for the plan.
+_EXPECTED_TOKENS = 64
 DEMO_NOTICE = (
     "no --model given: drawing coloured shapes with the embedded demo model; "
     "for real pictures give --model (or L2P_MODEL) an L2P safetensors file, see the README"
@@ -82,6 +87,10 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
             run.warn_of_new(run.pipe.warnings)
             with user_input():
                 settings = resolve_settings(run)
+                # Refused now rather than after the text encoder has run.
+                plan = run.pipe.choose_slices(_work(run, settings))
+            if not options.quiet:
+                say(f"plan: {plan}")
             start_device_peak(run.pipe.device)
             written = make_pictures(run, settings)
             run.seconds["total"] = time.perf_counter() - started
@@ -89,7 +98,25 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
         finally:
             run.pipe.close()
     _tell(run, report)
-    return 0
+    return EXIT_BUDGET if options.strict_budget and _breaks_budget(report) else 0
+
+
+def _work(run: Run, settings: metadata.RunSettings) -> PictureWork:
+    return run.pipe.work(settings.width, settings.height, 1, settings.cfg_scale, _EXPECTED_TOKENS)
+
+
+def _breaks_budget(report: dict[str, Any]) -> bool:
+    """Whether more was held than asked for; said in a line. Without a budget, than was planned."""
+    budget = report["memory"]["budget"]
+    on_device = report["peak_device_bytes"] is not None
+    allowed = budget["vram" if on_device else "ram"] or report["memory"]["planned_bytes"]
+    held = report["memory"]["held_bytes"]
+    if held <= allowed:
+        return False
+    from offload import format_bytes
+
+    say(f"budget broken: {format_bytes(held)} were held, {format_bytes(allowed)} allowed")
+    return True
 
 
 def _tell(run: Run, report: dict[str, Any]) -> None:
@@ -313,11 +340,22 @@ def make_report(
             "budget": budget_record(run.pipe.memory),
             "peak_anonymous_bytes": watch.peak_anonymous,
             "peak_file_backed_bytes": watch.peak_file_backed,
+            "planned_bytes": max((figures.planned_bytes for figures in run.pipe.phases), default=0),
+            "held_bytes": _held_bytes(run, watch),
             "fallbacks": run.pipe.fallbacks,
         },
         "phases": [phase_record(figures) for figures in run.pipe.phases],
         "warnings": run.warnings,
     }
+
+
+def _held_bytes(run: Run, watch: MemoryWatch) -> int:
+    """What counts towards the budget: anonymous memory on the CPU; elsewhere torch's peak and the context's
+    allowance, which torch does not see."""
+    from .streaming import CONTEXT_BYTES
+
+    on_device = peak_device_bytes(run.pipe.device)
+    return watch.peak_anonymous if on_device is None else on_device + CONTEXT_BYTES
 
 
 def summary_line(report: dict[str, Any], steps: int) -> str:
@@ -331,4 +369,5 @@ def summary_line(report: dict[str, Any], steps: int) -> str:
     line += f", peak memory {format_bytes(report['peak_rss_bytes'])}"
     if report["peak_device_bytes"] is not None:
         line += f", on the device {format_bytes(report['peak_device_bytes'])}"
-    return line
+    held, planned = report["memory"]["held_bytes"], report["memory"]["planned_bytes"]
+    return f"{line} ({format_bytes(held)} of the {format_bytes(planned)} planned)" if planned else line

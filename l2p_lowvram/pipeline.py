@@ -34,6 +34,7 @@ from .model_weights import (
     IMAGE_EMBEDDER,
     LOCAL_DECODER,
     ResidentWeights,
+    StreamedWeights,
     TransformerWeights,
 )
 from .prompt_cache import PromptCache
@@ -355,6 +356,13 @@ class L2PPipeline:
         keys = key_tile_for(self.config, self.device, self.dtype)
         tokens = padded_length(caption_tokens)
         return PictureWork(width, height, pictures, cfg_scale != 1, tokens, self.dtype, keys)
+
+    def choose_slices(self, work: PictureWork) -> str:
+        """How a run would be cut and where its blocks would live, in words. Raises BudgetError if it cannot be."""
+        if not isinstance(self.weights, StreamedWeights):
+            return f"slices of {next(tilings(self.config, work)).told()}; all weights in place"
+        tiling, demand = self.weights.choose(work)
+        return f"slices of {tiling.told()}; {self.streamer.told(demand)}"
 
     def _denoise(self, job: _Job, tiling: Tiling) -> Tensor:
         """The Euler loop, on pictures in host memory. Returns the last pixels, or the estimate after `interrupt`."""

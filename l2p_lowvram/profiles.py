@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -80,6 +80,23 @@ PROFILES = MappingProxyType(
         )
     }
 )
+
+
+# Of machines that are not named: a slow card, and one core of a CPU as it was met here.
+ANY_CARD = _card("a slow card", 12, 40.0, _PCIE4_X8, "bf16", "a guess")
+ANY_CPU = DeviceProfile("this CPU", 1 << 40, 60e9, None, _UNMEASURED_DISK, "fp32", "a guess; measure with profile")
+
+
+def choose_profile(name: str | None, *, vram: int | None, dtype: str) -> DeviceProfile:
+    """The named profile; else a card's where a VRAM budget is given, or there is one, else the CPU's.
+
+    dtype: "auto" leaves the profile's own. Raises ValueError, OSError.
+    """
+    if name is not None:
+        profile = find_profile(name)
+    else:
+        profile = ANY_CARD if vram is not None or choose_device("auto").type != "cpu" else ANY_CPU
+    return profile if dtype == "auto" else replace(profile, dtype=dtype)
 
 
 def find_profile(name: str) -> DeviceProfile:

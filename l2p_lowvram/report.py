@@ -20,7 +20,8 @@ class PhaseFigures:
     disk_seconds: in which at least one read was under way; disk_rate: read_bytes over them.
     probed_rate: what a short probe saw before; None where none was made.
     wait_seconds: of the compute, for weights; wait_p50, wait_p95: per visit.
-    tiers: how many blocks live where. device_bytes, host_bytes: held by weights as planned.
+    tiers: how many blocks live where. device_bytes, host_bytes: held by weights as planned. planned_bytes: of
+    the device's memory, all included; 0 where nothing is planned.
     """
 
     phase: str
@@ -41,6 +42,7 @@ class PhaseFigures:
     slot_bytes: int
     device_bytes: int
     host_bytes: int
+    planned_bytes: int
     notes: tuple[str, ...]
 
 
@@ -69,6 +71,7 @@ def phase_figures(stream: WeightStream) -> PhaseFigures:
         slot_bytes=0 if plan is None else plan.slot_bytes,
         device_bytes=stream.planned_device_bytes,
         host_bytes=0 if plan is None else plan.host_bytes,
+        planned_bytes=0 if plan is None else plan.device_bytes,
         notes=() if plan is None else plan.notes,
     )
 

@@ -19,6 +19,8 @@ from .text import TextEncoder
 from .weights import check_scales, lent, mark_quantized
 
 _EMBEDDING = "embed_tokens.weight"
+# Rows of a weight on their way to the activations' dtype, on whichever device takes more.
+_CONVERTED_BYTES = 48 << 20
 
 
 class StreamedTextEncoder:
@@ -74,7 +76,7 @@ class StreamedTextEncoder:
         for ids in prompts:
             self._model.check_ids(ids)
         with Checkpoint.open(self.path) as checkpoint:
-            stream = self._streamer.open(self._model, checkpoint, self._work(prompts))
+            stream = self._streamer.open(self._model, checkpoint, self.work([ids.numel() for ids in prompts]))
             try:
                 states = [self._embed(stream, ids) for ids in prompts]
                 for done, block in enumerate(self._model.blocks(), 1):
@@ -94,12 +96,12 @@ class StreamedTextEncoder:
         with lent(self._model, {_EMBEDDING: rows}):
             return self._model.prelude(compact.to(self.device), self.dtype)
 
-    def _work(self, prompts: Sequence[Tensor]) -> Work:
+    def work(self, lengths: Sequence[int]) -> Work:
+        """What encoding prompts of so many tokens asks of the weights."""
         config = self.config
-        longest = max((ids.numel() for ids in prompts), default=0)
-        tokens = sum(ids.numel() for ids in prompts)
+        longest, tokens = max(lengths, default=0), sum(lengths)
         inner = config.num_attention_heads * config.head_dim
         widest = longest * (3 * config.intermediate_size + 6 * inner) + config.num_attention_heads * longest**2
-        activations = 4 * (2 * tokens * config.hidden_size + widest) + (48 << 20)
-        seconds = {block.name: 2 * tokens * block.nbytes / 2 / 60e9 for block in self._blocks}
+        activations = 4 * (2 * tokens * config.hidden_size + widest) + _CONVERTED_BYTES
+        seconds = {block.name: tokens * block.nbytes / 60e9 for block in self._blocks}
         return Work("text encoder", self._blocks, seconds, activations, once=[b.name for b in self._blocks])

@@ -265,6 +265,12 @@ class Streamer:
         else:
             self.plan(work)
 
+    def told(self, work: Work) -> str:
+        """`6 blocks stay, 31 stream, 1.95 GiB in all`."""
+        plan = self.plan(work)
+        stay = plan.count(Tier.DEVICE)
+        return f"{stay} blocks stay, {len(work.blocks) - stay} stream, {format_bytes(plan.device_bytes)} in all"
+
     def open_reader(self, checkpoint: Checkpoint, io: str) -> Reader:
         """What reads a phase's files. Raises CheckpointError, OSError."""
         return Reader(checkpoint, io=io)
@@ -346,7 +352,7 @@ class Streamer:
     def _host_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
         """On the CPU: one budget for everything."""
         held = sum(stream.device_bytes for stream in beside)
-        return Budget(self._ram(), work.activations, reserved=self._base() + held, name="RAM budget")
+        return Budget(self._ram(), work.activations, reserved=self.process_bytes + held, name="RAM budget")
 
     def _device_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
         held = sum(stream.device_bytes for stream in beside)
@@ -355,7 +361,7 @@ class Streamer:
             free = available_device_bytes(self.device)
             assert free is not None, "a device with a ring tells its memory"
             vram = (free + sum(stream.device_bytes for stream in self.streams)) // 20 * 19 + CONTEXT_BYTES
-        host = max(self._ram() - self._base() - work.host_bytes - sum(stream.host_bytes for stream in beside), 0)
+        host = max(self._ram() - self.process_bytes - work.host_bytes - sum(stream.host_bytes for stream in beside), 0)
         pin = system_pin_limit() if self.options.pin is None else self.options.pin
         return Budget(
             vram,
@@ -366,7 +372,8 @@ class Streamer:
             staging=min(_STAGING_BYTES, host),
         )
 
-    def _base(self) -> int:
+    @property
+    def process_bytes(self) -> int:
         """Host bytes of the process without weights, as first seen, in coarse steps."""
         if self._process_bytes is None:
             anonymous = process_memory().anonymous
@@ -378,7 +385,7 @@ class Streamer:
             return self.options.ram
         held = sum(stream.device_bytes if self.device.type == "cpu" else stream.host_bytes for stream in self.streams)
         spare = max(available_host_bytes() - _HOST_SPARE, 0)
-        return self._base() + (spare + held) // _HOST_STEP * _HOST_STEP
+        return self.process_bytes + (spare + held) // _HOST_STEP * _HOST_STEP
 
     def close_streams(self) -> None:
         """Close every open phase; their figures stay."""

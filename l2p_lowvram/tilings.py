@@ -20,12 +20,16 @@ from .slicing import SliceSizes
 
 # (tokens, queries, heads) of the transformer and bytes of the local decoder, from the largest to the smallest.
 _CHOICES = (
-    (4096, 8192, 6, 512 << 20),
-    (2048, 4096, 3, 256 << 20),
-    (1024, 2048, 2, 128 << 20),
-    (512, 1024, 1, 64 << 20),
-    (256, 512, 1, 32 << 20),
+    (8192, 16384, 6, 3000 << 20),
+    (4096, 8192, 6, 1000 << 20),
+    (2048, 4096, 3, 500 << 20),
+    (2048, 4096, 3, 250 << 20),
+    (1024, 2048, 2, 125 << 20),
+    (512, 1024, 1, 60 << 20),
+    (256, 512, 1, 30 << 20),
 )
+# Of the decoder's own peak: what a CPU's convolutions take besides, for copies in another order of channels.
+_CPU_CONVOLUTION_SHARE = 0.25
 # fp32 pictures that a step holds in host memory beside one velocity per branch: the sample, the guided
 # velocity, the estimate, the next sample.
 _PICTURES = 4
@@ -110,6 +114,8 @@ def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling, *
     block = activations.block_bytes(config, tokens, sizes, e, stored_itemsize=1, dequantize_bytes=converted)
     prelude = activations.prelude_bytes(config, work.width, work.height, sizes, e) + converted
     epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, e)
+    if on_cpu:
+        epilogue += int(epilogue * _CPU_CONVOLUTION_SHARE)
     peak = states + captions + max(block, prelude, epilogue)
     return peak + (work.host_bytes if on_cpu else 0)
 

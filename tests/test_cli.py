@@ -47,6 +47,7 @@ class FakePipeline:
     load_error: BaseException | None = None
     encode_error: BaseException | None = None
     draw_error: BaseException | None = None
+    plan_error: BaseException | None = None
     has_text_encoder = True
     loads = 0
 
@@ -58,7 +59,7 @@ class FakePipeline:
         self.warnings: tuple[str, ...] = ()
         self.on_progress: Any = None
         self.text_encoder = types.SimpleNamespace() if self.has_text_encoder else None
-        self.memory, self.phases, self.fallbacks = MemoryOptions(), [], []
+        self.memory, self.phases, self.fallbacks = MemoryOptions(ram=options["ram"]), [], []
         self.closed = False
         self.encoded: list[str] = []
         self.calls: list[dict[str, Any]] = []
@@ -73,6 +74,14 @@ class FakePipeline:
 
     def close(self) -> None:
         self.closed = True
+
+    def work(self, *arguments: Any) -> tuple[Any, ...]:
+        return arguments
+
+    def choose_slices(self, work: Any) -> str:
+        if self.plan_error is not None:
+            raise self.plan_error
+        return "slices as given"
 
     def encode_prompts(self, prompts: list[str]) -> list[torch.Tensor]:
         if self.encode_error is not None:
@@ -317,6 +326,24 @@ def test_the_pipeline_is_closed_however_the_run_ends(
     assert pipeline.last.closed
 
 
+def test_a_budget_that_is_too_small_is_refused_before_the_prompt_is_encoded(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    pipeline.plan_error = BudgetError("RAM budget 1.00 MiB is too small", 2)
+
+    assert refused(capsys, "-o", "a.png").startswith("RAM budget 1.00 MiB is too small")
+    assert pipeline.last.encoded == []
+
+
+@pytest.mark.parametrize(("ram", "code"), [("1MiB", 5), ("1TiB", 0)])
+def test_a_broken_budget_is_an_exit_code_where_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], ram: str, code: int
+) -> None:
+    """The pipeline here plans nothing; the process itself is larger than a MiB."""
+    assert run(capsys, "-o", "a.png", "--ram", ram, "--strict-budget")[0] == code
+    assert run(capsys, "-o", "b.png", "--ram", ram)[0] == 0
+
+
 def test_the_demo_model_is_announced_in_one_line_with_the_way_out(
     capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
 ) -> None:
@@ -409,7 +436,10 @@ def test_the_real_pipeline_takes_what_the_command_gives(
     # bind raises TypeError for a name that is not there.
     inspect.signature(L2PPipeline.from_pretrained).bind("model", **pipeline.last.options)
     inspect.signature(L2PPipeline.__call__).bind(None, **pipeline.last.calls[0])
-    assert {"on_progress", "text_encoder", "identity", "warnings"} <= set(dir(L2PPipeline(torch.nn.Identity())))  # type: ignore[arg-type]
+    model = torch.nn.Identity()
+    model.config = CONFIG  # type: ignore[assignment]
+    used = {"on_progress", "text_encoder", "identity", "warnings", "phases", "memory", "fallbacks", "choose_slices"}
+    assert used <= set(dir(L2PPipeline(model)))  # type: ignore[arg-type]
 
 
 # prompts
@@ -868,7 +898,7 @@ def test_help_shows_examples_and_exit_codes(capsys: pytest.CaptureFixture[str], 
 
     out = capsys.readouterr().out
     assert f"l2p-lowvram {command} " in out.split("examples:")[1]
-    assert "exit codes: 0 done; 2 bad option, file or size; 3 " in out
+    assert "exit codes: 0 done; 2 bad option, file, size or budget; 3 " in out
 
 
 def test_every_option_of_generate_has_help(capsys: pytest.CaptureFixture[str]) -> None:

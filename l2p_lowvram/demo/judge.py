@@ -16,8 +16,8 @@ from .scenes import COLOURS, POSITIONS, SHAPES, Scene, outline
 
 _PALETTE = torch.tensor(list(COLOURS.values()))
 _NAMES = list(COLOURS)
-_RADII = torch.linspace(0.08, 0.28, 21).tolist()  # tried outlines, as a share of the shorter side
-_SMALL_TO_MEDIUM, _MEDIUM_TO_LARGE = 0.145, 0.1975  # half-way between the sizes' radii
+_RADII = torch.linspace(0.10, 0.30, 21).tolist()  # tried outlines, as a share of the shorter side
+_SMALL_TO_MEDIUM, _MEDIUM_TO_LARGE = 0.165, 0.22  # half-way between the sizes' radii
 RIM = 0.04  # width of the rim that tells the background, as a share of the shorter side
 
 
@@ -83,8 +83,9 @@ def _best_outline(figure: Tensor) -> tuple[str, float]:
 
 
 def _position(figure: Tensor) -> str:
-    """The named position closest to the figure's median pixel, which stray specks cannot move."""
-    rows, columns = figure.nonzero().float().add(0.5).median(0).values.tolist()
+    """The named position closest to the middle of the figure's extent, of which stray specks are no part."""
+    points = figure.nonzero().float().add(0.5)
+    rows, columns = points.quantile(torch.tensor([0.02, 0.98]), dim=0).mean(0).tolist()
     x, y = columns / figure.shape[1], rows / figure.shape[0]
     return min(POSITIONS, key=lambda name: (POSITIONS[name][0] - x) ** 2 + (POSITIONS[name][1] - y) ** 2)
 

@@ -25,16 +25,16 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "black": (-0.92, -0.92, -0.92),
 }
 SHAPES = ("circle", "square", "triangle", "ring")
-SIZES = {"small": 0.12, "medium": 0.17, "large": 0.225}  # radius as a share of the shorter side
+SIZES = {"small": 0.14, "medium": 0.19, "large": 0.25}  # radius as a share of the shorter side
 # Centre as a share of width and height.
 POSITIONS = {
-    "left": (0.27, 0.5),
-    "right": (0.73, 0.5),
-    "top": (0.5, 0.27),
-    "bottom": (0.5, 0.73),
+    "left": (0.28, 0.5),
+    "right": (0.72, 0.5),
+    "top": (0.5, 0.28),
+    "bottom": (0.5, 0.72),
     "center": (0.5, 0.5),
 }
-JITTER = 0.02  # of the centre, and (relative to it) of the radius
+JITTER = 0.005  # of the centre, and (relative to it) of the radius
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,35 @@ def render(scenes: Sequence[Scene], width: int, height: int, generator: torch.Ge
 
     With a generator, centre and radius vary a little from picture to picture.
     """
+    return paint(scenes, covers(scenes, width, height, generator))
+
+
+def covers(
+    scenes: Sequence[Scene],
+    width: int,
+    height: int,
+    generator: torch.Generator | None = None,
+    jitter: float = JITTER,
+) -> Tensor:
+    """(B, 1, H, W) in [0, 1]: how much of each pixel the figure covers; `generator` as in `render`."""
     noise = torch.rand(len(scenes), 3, generator=generator) * 2 - 1 if generator else torch.zeros(len(scenes), 3)
-    pictures = torch.empty(len(scenes), 3, height, width)
-    for picture, scene, (x, y, scale) in zip(pictures, scenes, noise.tolist(), strict=True):
+    result = torch.empty(len(scenes), 1, height, width)
+    for cover, scene, (x, y, scale) in zip(result, scenes, noise.tolist(), strict=True):
         share = POSITIONS[scene.position]
-        centre = ((share[0] + JITTER * x) * width, (share[1] + JITTER * y) * height)
-        cover = outline(scene.shape, width, height, centre, SIZES[scene.size] * (1 + JITTER * scale))
-        colour = torch.tensor(COLOURS[scene.colour])[:, None, None]
-        background = torch.tensor(COLOURS[scene.background])[:, None, None]
-        picture.copy_(background + (colour - background) * cover)
-    return pictures
+        centre = ((share[0] + jitter * x) * width, (share[1] + jitter * y) * height)
+        cover.copy_(outline(scene.shape, width, height, centre, SIZES[scene.size] * (1 + jitter * scale)))
+    return result
+
+
+def colours(scenes: Sequence[Scene]) -> Tensor:
+    """(B, 2, 3): RGB of figure and background."""
+    return torch.tensor([(COLOURS[scene.colour], COLOURS[scene.background]) for scene in scenes])
+
+
+def paint(scenes: Sequence[Scene], cover: Tensor) -> Tensor:
+    """(B, 3, H, W): figures in their colours where `cover` (B, 1, H, W) is 1, else background."""
+    figure, background = colours(scenes)[..., None, None].unbind(1)
+    return background + (figure - background) * cover
 
 
 def outline(

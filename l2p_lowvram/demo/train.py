@@ -23,15 +23,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import DecoderConfig, DecoderLevel, ModelConfig, SamplingDefaults, TextEncoderConfig
+from ..config import IMAGE_CHANNELS, DecoderConfig, DecoderLevel, ModelConfig, SamplingDefaults, TextEncoderConfig
+from ..decoder import LocalDecoder
 from ..linear import Linear
 from ..model import L2PTransformer
-from ..sampling import add_noise, model_time, shift_sigmas
+from ..sampling import add_noise, model_time
 from ..text import PromptTokenizer, TextEncoder
-from .scenes import CLASSES, Scene, draw_scenes, phrase, render
+from .muon import Muon
+from .scenes import CLASSES, Scene, colours, covers, draw_scenes, paint, phrase
 
 STATE_FILE, ENCODER_FILE, TOKENIZER_FILE = "state.safetensors", "encoder.safetensors", "tokenizer.json"
-AVERAGE, SKETCH = "average.", "sketch."  # prefixes in the state file: averaged weights, training's own layer
+# Prefixes in the state file: averaged weights, training's own layer, what the optimisers remember.
+AVERAGE, SKETCH, OPTIMISER = "average.", "sketch.", "optimiser."
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 512
@@ -48,19 +51,19 @@ ENCODER = TextEncoderConfig(
 )
 MODEL = ModelConfig(
     patch_size=16,
-    dim=192,
-    n_heads=6,
+    dim=128,
+    n_heads=4,
     n_layers=6,
     n_noise_refiner=1,
     n_context_refiner=1,
-    ffn_dim=512,
+    ffn_dim=384,
     caption_dim=ENCODER.hidden_size,
     timestep_hidden=256,
     rope_axes=(8, 12, 12),
     decoder=DecoderConfig(
         levels=(
-            DecoderLevel("1", 16, 16, 16),
-            DecoderLevel("2", 32, 32, 16),
+            DecoderLevel("1", 16, 16, 24),
+            DecoderLevel("2", 32, 32, 24),
             DecoderLevel("3", 64, 64, 32),
             DecoderLevel("4", 128, 128, 64),
         ),
@@ -74,35 +77,48 @@ MODEL = ModelConfig(
 class Stage:
     """A stretch of training with one setting.
 
-    sizes: (width, height, batch) choices, one drawn a step. rate: learning rate
-    at the start and end of the stage (linear in between). sketch_only: train the
-    transformer alone, at high noise, without the decoder: twice as many pictures
-    a second of what the prompt decides.
+    sizes: (width, height, batch) choices, one drawn a step. rate: Muon's learning rate for the
+    transformer at the start and end of the stage (linear in between); Adam's, for what is no inner
+    matrix, is half of it. decoder_rate: Adam's for the decoder. A part whose rate is 0 rests; without
+    the decoder the transformer learns through its sketch alone. high, low: shares of the noise levels
+    that are near pure noise and near none. jitter: `scenes.JITTER` for the stage. window: side in
+    pixels of the part of each picture that the decoder paints. restart: begin with a new decoder, which
+    reads what the sketch layer has learnt to read, and with the transformer's average.
     """
 
     steps: int
     sizes: tuple[tuple[int, int, int], ...]
-    rate: tuple[float, float]
-    sketch_only: bool = False
+    rate: tuple[float, float] = (0.0, 0.0)
+    decoder_rate: tuple[float, float] = (0.0, 0.0)
+    high: float = 0.5
+    low: float = 0.0
+    jitter: float = 0.015
+    window: int = 64
+    restart: bool = False
 
 
-_SMALL, _NATIVE = (64, 64, 32), (128, 128, 16)
-_MIXED = (*[_NATIVE] * 4, *[(256, 256, 4)] * 2, (192, 128, 12), (128, 192, 12))
-# Small pictures first: sixteen tokens learn what the words mean at half the price.
+_NATIVE, _LARGE = (128, 128, 32), (256, 256, 8)
+_MIXED = (*[_NATIVE] * 4, *[_LARGE] * 2, (192, 128, 24), (128, 192, 24), (192, 192, 16))
+# First what the words mean, without the decoder at half the price; then the painting, most of it by a
+# decoder that learns alone, at half the price again; last both together. The shipped weights took this way
+# but for the third stage: its decoder was narrower and Muon's, and nothing of it is left after the restart.
 RECIPE = (
-    Stage(600, (_SMALL,), (1e-3, 1e-3)),
-    Stage(400, (_NATIVE,), (1e-3, 1e-3)),
-    Stage(700, (_SMALL, _NATIVE), (1e-3, 1e-3)),
-    Stage(700, (_NATIVE,), (1e-3, 1e-3)),
-    Stage(400, ((128, 128, 32),), (1e-3, 1e-3), sketch_only=True),
-    Stage(550, _MIXED, (1e-3, 1e-5)),
+    Stage(200, (_NATIVE,), (4e-3, 4e-3), high=1.0),
+    Stage(600, _MIXED, (4e-3, 4e-3), high=1.0),
+    Stage(1000, _MIXED, (4e-3, 4e-3), (2e-3, 2e-3)),
+    Stage(1600, _MIXED, decoder_rate=(2e-3, 2e-3), high=0.4, restart=True),
+    Stage(100, _MIXED, (1.5e-3, 1.393571e-3), (2e-3, 1.857857e-3), high=0.3),
+    Stage(1000, _MIXED, (1.5e-3, 1e-5), (2e-3, 1e-5), high=0.3, low=0.3, jitter=0.005),
 )
-WARMUP = 100
-# A linear layer paints the picture coarsely from the transformer's own tokens, in training only: what a
-# prompt means reaches the transformer directly, not just through nine convolutions that remove noise.
-SKETCH_CHANNELS, SKETCH_SHARE = 48, 1.5
-DROPPED_PROMPTS = 0.1  # trained without a prompt, for guidance
+WARMUP = 50
+# A linear layer reads the picture's plan from the transformer's own tokens, in training only: per patch the
+# figure's cover in CELLS x CELLS cells, and both colours. What a prompt means so reaches the transformer
+# directly, not just through nine convolutions that remove noise.
+CELLS = 8
+COVER_SHARE, COLOUR_SHARE = 4.0, 1.0  # of these in the loss, beside the velocity's 1
+DROPPED_PROMPTS = 0.06  # trained without a prompt, for guidance
 AVERAGE_DECAY = 0.99
+LOWEST_SIGMA = 0.06  # the sampler takes its last step from above this
 
 
 def train_tokenizer(path: Path, seed: int) -> None:
@@ -179,114 +195,223 @@ def train_encoder(tokenizer: PromptTokenizer, seed: int, steps: int = 700, batch
 class Features:
     """Prompt features by text; the encoder is frozen, so each wording is encoded once."""
 
-    def __init__(self, tokenizer: PromptTokenizer, encoder: TextEncoder, limit: int = 200_000) -> None:
+    def __init__(self, tokenizer: PromptTokenizer, encoder: TextEncoder, limit: int = 100_000) -> None:
         self._tokenizer, self._encoder, self._limit = tokenizer, encoder, limit
         self._known: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, prompt: str) -> Tensor:
-        if prompt not in self._known:
-            if len(self._known) >= self._limit:
-                self._known.clear()
-            self._known[prompt] = self._encoder(torch.tensor([self._tokenizer(prompt)]))[0]
-        return self._known[prompt]
+    def __call__(self, prompts: list[str]) -> list[Tensor]:
+        """One (tokens, width) tensor a prompt."""
+        if len(self._known) > self._limit:
+            self._known.clear()
+        groups: dict[int, dict[str, list[int]]] = {}
+        for prompt in prompts:
+            if prompt not in self._known:
+                ids = self._tokenizer(prompt)
+                groups.setdefault(len(ids), {})[prompt] = ids
+        for group in groups.values():  # one length at a time, as the encoder takes no padding
+            features = self._encoder(torch.tensor(list(group.values())))
+            self._known.update(zip(group, features, strict=True))
+        return [self._known[prompt] for prompt in prompts]
 
 
-def draw_sigmas(count: int, generator: torch.Generator, *, only_high: bool = False) -> Tensor:
-    """Noise levels (count,): half spread by the sampler's shift, a quarter near pure noise, a quarter at it.
+def draw_sigmas(count: int, generator: torch.Generator, high: float, low: float = 0.0) -> Tensor:
+    """Noise levels (count,): shares `high` near pure noise and `low` near none, the others uniform.
 
-    Only there does the prompt decide anything: a background fills so many pixels that its colour shows
-    through the noise from sigma 0.97 down, and a shape's place and colour from about 0.9.
+    Only near pure noise does the prompt decide anything: a background fills so many pixels that its
+    colour shows through the noise from sigma 0.97 down, and a shape's place and colour from about 0.9.
     """
-    uniform = torch.rand(count, generator=generator)
-    ranges = torch.stack([shift_sigmas(uniform, 3.0), 0.88 + 0.12 * uniform, 0.97 + 0.03 * uniform])
-    turns = torch.tensor([1, 2] if only_high else [0, 1, 0, 2])
-    choice = turns[torch.arange(count) % len(turns)]
-    return ranges.gather(0, choice[None])[0].clamp_min(0.01)
+    near_noise, near_none = round(high * count), round(low * count)
+    starts = [(0.85, 0.97)[k % 2] for k in range(near_noise)] + [LOWEST_SIGMA] * (count - near_noise)
+    ends = [1.0] * (count - near_none) + [0.35] * near_none
+    start, end = torch.tensor(starts), torch.tensor(ends)
+    return start + (end - start) * torch.rand(count, generator=generator)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch: prompts and what is to be painted. cover (B, 1, H, W), the rest (B, 3, H, W)."""
+
+    prompts: list[str]
+    scenes: list[Scene]
+    cover: Tensor
+    pictures: Tensor
+    noise: Tensor
+
+
+def draw_example(stage: Stage, rng: random.Random, generator: torch.Generator) -> Example:
+    width, height, batch = rng.choice(stage.sizes)
+    scenes = draw_scenes(rng, batch)
+    prompts = ["" if rng.random() < DROPPED_PROMPTS else phrase(scene, rng) for scene in scenes]
+    cover = covers(scenes, width, height, generator, stage.jitter)
+    pictures = paint(scenes, cover)
+    return Example(prompts, scenes, cover, pictures, torch.randn(pictures.shape, generator=generator))
 
 
 def training_loss(run: Run, features: Features, stage: Stage, step: int) -> Tensor:
-    """Weighted squared error of the velocity and of the sketch on one fresh batch.
+    """Error of the sketch, of the velocity within a window, or of both, on one fresh batch.
 
     A function of the weights, the run's seed and the step alone.
     """
     rng = random.Random(f"{run.seed}/{step}")
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
-    width, height, batch = rng.choice(stage.sizes)
-    scenes = draw_scenes(rng, batch)
-    prompts = ["" if rng.random() < DROPPED_PROMPTS else phrase(scene, rng) for scene in scenes]
-    pictures = render(scenes, width, height, generator)
-    noise = torch.randn(pictures.shape, generator=generator)
-    sigma = draw_sigmas(batch, generator, only_high=stage.sketch_only)
-    pixels = add_noise(pictures, noise, sigma[:, None, None, None]).contiguous(memory_format=torch.channels_last)
+    example = draw_example(stage, rng, generator)
+    sigma = draw_sigmas(len(example.scenes), generator, stage.high, stage.low)
+    pixels = add_noise(example.pictures, example.noise, sigma[:, None, None, None])
 
-    model = run.model
-    state = model.prelude(pixels, model_time(sigma), model.encode_caption([features(prompt) for prompt in prompts]))
+    learns = any(stage.rate)
+    with torch.set_grad_enabled(learns):
+        tokens = final_tokens(run.model, pixels, sigma, features(example.prompts))
+    losses = []
+    if learns:
+        losses.append(sketch_loss(run.sketch(tokens.permute(0, 2, 3, 1)), example))
+    if any(stage.decoder_rate):
+        places = draw_windows(example.cover, stage.window // MODEL.patch_size, rng)
+        losses.append(velocity_loss(run.model, pixels, tokens, example, places, stage.window))
+    return torch.stack(losses).sum()
+
+
+def final_tokens(model: L2PTransformer, pixels: Tensor, sigma: Tensor, features: list[Tensor]) -> Tensor:
+    """The picture's tokens after the last block, (B, D, h, w)."""
+    state = model.prelude(pixels, model_time(sigma), model.encode_caption(features))
     for block in model.blocks():
         state = block.visit(state)
-    sketch = run.sketch(model.feature_map(state, pixels).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    weight = figure_weight(pictures)
-    sketch_loss = ((sketch - coarse(pictures)).square() * F.avg_pool2d(weight, 16)).mean()
-    if stage.sketch_only:
-        return sketch_loss
-    velocity = model.epilogue(state, pixels)
-    error = (velocity - (noise - pictures)).square() * weight
-    # Weighted by sigma: the error of the velocity is that of the picture divided by sigma, so the last,
-    # nearly clean steps would otherwise outweigh those that decide what is painted.
-    return (sigma * error.mean(dim=(1, 2, 3))).mean() + SKETCH_SHARE * sketch_loss
+    return model.feature_map(state, pixels)
 
 
-def coarse(pictures: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 48, H/16, W/16): each patch as 4x4 mean colours."""
-    return F.pixel_unshuffle(F.avg_pool2d(pictures, 4), 4)
+def velocity_loss(
+    model: L2PTransformer,
+    pixels: Tensor,
+    tokens: Tensor,
+    example: Example,
+    places: list[tuple[int, int]],
+    window: int,
+) -> Tensor:
+    """Squared error of what the decoder makes of each picture's window."""
+    patch = MODEL.patch_size
+    patches = window // patch
+    view = cut(pixels, places, patches, patch).contiguous(memory_format=torch.channels_last)
+    velocity = -model.local_decoder(view, cut(tokens, places, patches, 1))
+    wanted = cut(example.noise - example.pictures, places, patches, patch)
+    weight = figure_weight(cut(example.cover, places, patches, patch))
+    return ((velocity - wanted).square() * weight).mean()
 
 
-def figure_weight(pictures: Tensor, extra: float = 5.0, rim: int = 5) -> Tensor:
-    """(B, 1, H, W), mean about 1: the figure and its outline count more than the plain background.
+def sketch_loss(sketch: Tensor, example: Example) -> Tensor:
+    """sketch (B, h, w, CELLS^2 + 6), per patch: logits of the cover's cells, the figure's and the background's RGB."""
+    cells = F.pixel_unshuffle(F.avg_pool2d(example.cover, MODEL.patch_size // CELLS), CELLS).permute(0, 2, 3, 1)
+    wanted = colours(example.scenes).flatten(1)[:, None, None]
+    cover_loss = F.binary_cross_entropy_with_logits(sketch[..., : CELLS**2], cells)
+    colour_loss = (sketch[..., CELLS**2 :] - wanted).square().mean()
+    return COVER_SHARE * cover_loss + COLOUR_SHARE * colour_loss
 
-    A shape covers a tenth of its picture, yet four of the five things a prompt says are about it.
+
+def draw_windows(cover: Tensor, patches: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Top left corner of a window of `patches` patches a side per picture, in patches.
+
+    Every second one is centred on some pixel of the figure, the others lie anywhere.
     """
-    background = pictures[:, :, :1, :1]  # no shape reaches the corner
-    figure = ((pictures - background).abs().amax(1, keepdim=True) > 0.05).float()
-    weight = 1 + extra * F.max_pool2d(figure, rim, stride=1, padding=rim // 2)
-    return weight / (1 + 0.15 * extra)
+    rows, columns = (side // MODEL.patch_size - patches for side in cover.shape[-2:])
+    places = []
+    for index, picture in enumerate(cover[:, 0]):
+        row, column = rng.randint(0, rows), rng.randint(0, columns)
+        if index % 2:
+            inside = (picture > 0.5).nonzero()
+            y, x = (inside[rng.randrange(len(inside))] / MODEL.patch_size - patches / 2).round().int().tolist()
+            row, column = min(max(y, 0), rows), min(max(x, 0), columns)
+        places.append((row, column))
+    return places
 
 
-def locate(step: int, recipe: tuple[Stage, ...] = RECIPE) -> tuple[Stage, float]:
-    """The stage that step belongs to and its learning rate."""
+def cut(maps: Tensor, places: list[tuple[int, int]], patches: int, unit: int) -> Tensor:
+    """The windows at `places` of maps (B, C, H, W) whose patches are `unit` pixels wide: (B, C, side, side)."""
+    side = patches * unit
+    return torch.stack(
+        [
+            item[:, row * unit : row * unit + side, column * unit : column * unit + side]
+            for item, (row, column) in zip(maps, places, strict=True)
+        ]
+    )
+
+
+def figure_weight(cover: Tensor, extra: float = 2.0, rim: int = 5) -> Tensor:
+    """(B, 1, H, W), mean 1: the figure and its outline count more than the plain background."""
+    weight = 1 + extra * F.max_pool2d((cover > 0).float(), rim, stride=1, padding=rim // 2)
+    return weight / weight.mean()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the recipe a step is. first: it is its stage's first; the rates are those of this step."""
+
+    stage: Stage
+    first: bool
+    rate: float
+    decoder_rate: float
+
+
+def locate(step: int, recipe: tuple[Stage, ...]) -> Place:
     start = 0
     for stage in recipe:
-        if step < start + stage.steps:
-            share = (step - start) / stage.steps
-            rate = stage.rate[0] + share * (stage.rate[1] - stage.rate[0])
-            return stage, rate * min(1.0, (step + 1) / WARMUP)
+        within = step - start
+        if within < stage.steps:
+            warm = min(1.0, (within + 1) / WARMUP) if step < WARMUP or stage.restart else 1.0
+            rate, decoder_rate = (
+                warm * (first + within / stage.steps * (last - first))
+                for first, last in (stage.rate, stage.decoder_rate)
+            )
+            return Place(stage, within == 0, rate, decoder_rate)
         start += stage.steps
     raise IndexError(f"step {step} is past the recipe's {start}")
 
 
 class Run:
-    """Weights, their running average and the optimiser, kept in one safetensors file."""
+    """Weights, their running average and the optimisers, kept in one safetensors file."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         self.path, self.seed = folder / STATE_FILE, seed
         self.model = L2PTransformer(MODEL).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.sketch = Linear(MODEL.dim, CELLS**2 + 2 * IMAGE_CHANNELS)
         initialise(self.model)
-        self.sketch = Linear(MODEL.dim, SKETCH_CHANNELS)
+        initialise_decoder(self.model.local_decoder, self.sketch)
         self.parameters = dict(self.model.named_parameters())
         self.parameters |= {f"{SKETCH}{name}": p for name, p in self.sketch.named_parameters()}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+        groups: dict[str, list[nn.Parameter]] = {"muon": [], "adam": [], "decoder": []}
+        for name, parameter in self.parameters.items():
+            groups[trained_by(name, parameter)].append(parameter)
+        self.optimisers: dict[str, torch.optim.Optimizer] = {
+            "muon": Muon(groups["muon"], lr=1e-3, decay=0.02),
+            "adam": adam(groups["adam"]),
+            "decoder": adam(groups["decoder"]),
+        }
         self.step = 0
 
-    def advance(self, loss: Tensor, rate: float) -> None:
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad()
+    def restart_decoder(self) -> None:
+        """A new decoder that reads the sketch's plan; the transformer goes on from its average."""
+        torch.manual_seed(self.seed + self.step)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.average[name])
+        initialise_decoder(self.model.local_decoder, self.sketch)
+        for name, parameter in self.parameters.items():
+            if trained_by(name, parameter) == "decoder":
+                self.average[name].copy_(parameter.detach())
+        self.optimisers["decoder"].state.clear()
+
+    def advance(self, loss: Tensor, rate: float, decoder_rate: float) -> None:
+        rates = {"muon": rate, "adam": rate / 2, "decoder": decoder_rate}
+        for parameter in self.parameters.values():
+            parameter.grad = None
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimiser.step()
+        for name, optimiser in self.optimisers.items():
+            if rates[name]:
+                group = optimiser.param_groups[0]
+                group["lr"] = rates[name]
+                if name != "muon":  # its steps have one length, whatever the gradient's
+                    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+                optimiser.step()
         decay = min(AVERAGE_DECAY, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -297,8 +422,8 @@ class Run:
         tensors = {f"model.{n}": p.detach().contiguous() for n, p in self.parameters.items()}
         tensors |= {f"{AVERAGE}{n}": p.contiguous() for n, p in self.average.items()}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimiser.state[parameter].items():
-                tensors[f"optimiser.{key}.{name}"] = value.contiguous()
+            for key, value in self._optimiser_state(name).get(parameter, {}).items():
+                tensors[f"{OPTIMISER}{name}.{key}"] = value.contiguous()
         partial = self.path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"step": str(self.step), "seed": str(self.seed)})
         partial.replace(self.path)
@@ -317,28 +442,87 @@ class Run:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
                 self.average[name].copy_(tensors[f"{AVERAGE}{name}"])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.optimiser.state[parameter] = {k: tensors[f"optimiser.{k}.{name}"].clone() for k in keys}
+        for key, value in tensors.items():
+            if key.startswith(OPTIMISER):
+                name, _, entry = key.removeprefix(OPTIMISER).rpartition(".")
+                self._optimiser_state(name)[self.parameters[name]][entry] = value.clone()
         return True
+
+    def _optimiser_state(self, name: str) -> dict[Tensor, dict[str, Tensor]]:
+        return self.optimisers[trained_by(name, self.parameters[name])].state
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def trained_by(name: str, parameter: Tensor) -> str:
+    """Which optimiser has a parameter: Muon the matrices inside the transformer's blocks, not those at its ends."""
+    if name.startswith("local_decoder"):
+        return "decoder"
+    inner = ".attention." in name or ".feed_forward." in name
+    return "muon" if inner and parameter.dim() == 2 else "adam"
 
 
 def initialise(model: L2PTransformer) -> None:
-    """Open gates, variance-preserving convolutions, and a zero output layer.
-
-    The decoder has no normalisation: with torch's default convolutions the features would
-    reach the picture a hundred thousand times weaker than the noise beside them.
-    """
+    """Open gates, and something in the pads."""
     for name, parameter in model.named_parameters():
         if "adaLN" in name:
             nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.constant_(parameter, 0.3)
         elif "pad_token" in name:
             nn.init.normal_(parameter, std=0.02)
-        elif parameter.dim() == 4:
-            gain = 1.0 if ".up" in name else 2.5
-            nn.init.normal_(parameter, std=(gain / parameter[0].numel()) ** 0.5)
-        elif name.startswith("local_decoder"):
+
+
+@torch.no_grad()
+def initialise_decoder(decoder: LocalDecoder, sketch: Linear) -> None:
+    """Variance-preserving convolutions that read the sketch's plan and hand the noisy pixels through.
+
+    The decoder has no normalisation: with torch's default convolutions the features would reach the
+    picture a hundred thousand times weaker than the noise beside them.
+    """
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() == 1:
             nn.init.zeros_(parameter)
-    nn.init.zeros_(model.local_decoder.out_conv.weight)
+        else:
+            gain = 1.0 if name.startswith("up") else 2.5  # SiLU's; none follows `up`
+            nn.init.normal_(parameter, std=(gain / parameter[0].numel()) ** 0.5)
+    _read_plan(decoder, sketch)
+    _pass_pixels(decoder)
+
+
+def _read_plan(decoder: LocalDecoder, sketch: Linear) -> None:
+    """The bottleneck's first channels: the sketch's covers, and its colours with either sign; the rest stay random."""
+    convolution = decoder.get_submodule("bottleneck.0")
+    assert isinstance(convolution, nn.Conv2d)
+    assert convolution.bias is not None
+    assert sketch.bias is not None
+    deepest = decoder.config.levels[-1].encoder
+    convolution.weight[:, deepest:] /= 2.5  # about the features' root mean square
+    cover, colour = slice(0, CELLS**2), slice(CELLS**2, None)
+    rows = torch.cat([0.25 * sketch.weight[cover], sketch.weight[colour], -sketch.weight[colour]])
+    biases = torch.cat([0.25 * sketch.bias[cover], sketch.bias[colour], -sketch.bias[colour]])
+    count = min(len(rows), len(convolution.weight))
+    convolution.weight[:count] = 0
+    convolution.weight[:count, deepest:, 0, 0] = rows[:count]
+    convolution.bias[:count] = biases[:count]
+
+
+def _pass_pixels(decoder: LocalDecoder, scale: float = 0.5) -> None:
+    """Pairs of channels that carry a colour's value: SiLU(z) - SiLU(-z) = z. The decoder's output begins as -pixels."""
+    first = decoder.config.levels[0]
+    encode, decode = decoder.get_parameter("enc1.0.weight"), decoder.get_parameter("dec1.0.weight")
+    output = decoder.out_conv.weight
+    pairs = 2 * IMAGE_CHANNELS
+    encode[:pairs] = 0
+    decode[:pairs] *= 0.3
+    decode[:pairs, first.up :] = 0
+    output.zero_()
+    for channel in range(IMAGE_CHANNELS):
+        for sign, index in ((1, 2 * channel), (-1, 2 * channel + 1)):
+            encode[index, channel, 1, 1] = sign * scale
+            decode[index, first.up + 2 * channel, 1, 1] = sign
+            decode[index, first.up + 2 * channel + 1, 1, 1] = -sign
+            output[channel, index] = -sign / scale
 
 
 def prepare_text(folder: Path, seed: int) -> Features:
@@ -368,9 +552,11 @@ def train(folder: Path, seed: int, save_every: int) -> None:
     smooth = 1.0
     with (folder / "loss.jsonl").open("a") as log:
         for step in bar:
-            stage, rate = locate(step)
-            loss = training_loss(run, features, stage, step)
-            run.advance(loss, rate)
+            place = locate(step, RECIPE)
+            if place.first and place.stage.restart:
+                run.restart_decoder()
+            loss = training_loss(run, features, place.stage, step)
+            run.advance(loss, place.rate, place.decoder_rate)
             smooth += 0.02 * (loss.item() - smooth)
             bar.set_postfix(loss=f"{smooth:.4f}")
             if step % 20 == 0:

@@ -1,0 +1,163 @@
+"""`plan`: the numbers of the run itself, from headers alone; and what the pipeline does with its slices."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from l2p_lowvram import L2PPipeline, cli, linear, pipeline
+from l2p_lowvram.families import PUBLISHED
+from l2p_lowvram.planning import make_plan
+from l2p_lowvram.profiles import ANY_CARD, ANY_CPU, PROFILES
+from l2p_lowvram.repository import locate_model
+from l2p_lowvram.streaming import MemoryOptions
+from l2p_lowvram.tilings import PictureWork, device_activations, tilings
+from offload.memory import process_memory
+from tests import goldens
+from tests.test_streaming import FAST, PROMPT
+
+ASKED = {"width": None, "height": None, "steps": 4, "cfg_scale": None, "pictures": 1}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return goldens.write_checkpoint("a_mini", tmp_path)
+
+
+def test_the_plan_names_the_bytes_that_the_run_then_takes(model: Path) -> None:
+    ram = process_memory().anonymous + (600 << 20)
+    plan = make_plan(locate_model(model), ANY_CPU, MemoryOptions(ram=ram), {**ASKED, "width": 64, "height": 32})
+
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=ram) as pipe:
+        pipe(**PROMPT, **FAST)
+        (figures,) = pipe.phases
+
+    assert plan.fits
+    assert plan.phases[0].host_bytes == figures.planned_bytes
+    assert plan.tiers == figures.tiers
+    assert plan.slots == figures.slots
+
+
+def test_a_card_is_planned_for_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "-m", "demo", "-W", "4096", "-H", "4096", "--device-profile", "rtx4060-laptop-8g"]
+
+    assert cli.main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+
+    assert {"fits", "peak_device_bytes", "peak_host_bytes", "seconds_per_step", "phases"} <= plan.keys()
+    assert plan["fits"]
+    assert 0 < plan["peak_device_bytes"] <= PROFILES["rtx4060-laptop-8g"].memory
+    assert plan["phases"][0]["name"] == "text encoder"
+    assert plan["seconds_per_step"] == pytest.approx(sum(p["seconds"] for p in plan["phases"] if "step" in p["name"]))
+    assert "demo" not in text
+    assert "fits" in text.splitlines()[0]
+
+
+def test_what_does_not_fit_names_the_smallest_budget_and_the_largest_size(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["plan", "-m", "demo", "-W", "8192", "-H", "4096", "--vram", "720MiB", "--json"]
+
+    assert cli.main(arguments) == 2
+    plan = json.loads(capsys.readouterr().out)
+    width, height = plan["largest_size"]
+    smallest = str(plan["smallest_budget"])
+
+    assert not plan["fits"]
+    assert 0 < width < 8192
+    assert abs(width / height - 2) < 0.2
+    assert cli.main(["plan", "-m", "demo", "-W", str(width), "-H", str(height), "--vram", "720MiB", "--json"]) == 0
+    assert cli.main(["plan", "-m", "demo", "-W", "8192", "-H", "4096", "--vram", smallest, "--json"]) == 0
+    capsys.readouterr()
+    fewer = str(plan["smallest_budget"] - 1)
+    assert cli.main(["plan", "-m", "demo", "-W", "8192", "-H", "4096", "--vram", fewer]) == 2
+
+
+def test_the_prediction_reads_no_weight(model: Path) -> None:
+    size = model.stat().st_size
+    with model.open("r+b") as file:  # everything behind the header is gone, but for the file's length
+        header = 8 + int.from_bytes(file.read(8), "little")
+        file.truncate(header)
+        file.truncate(size)
+
+    assert make_plan(locate_model(model), ANY_CARD, MemoryOptions(), {**ASKED, "width": 64, "height": 32}).fits
+
+
+def test_slices_are_the_same_for_every_budget_that_holds_the_first_choice(model: Path) -> None:
+    plans = [
+        make_plan(locate_model(model), ANY_CARD, MemoryOptions(vram=vram << 30), {**ASKED, "width": 512, "height": 512})
+        for vram in (2, 3, 8, 24)
+    ]
+
+    assert {(plan.slices, plan.slice_level, plan.notes) for plan in plans} == {(plans[0].slices, 0, ())}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_smaller_slices_take_less_memory_at_every_size(family: str) -> None:
+    config = PUBLISHED[family]
+    side = config.defaults.width
+    work = PictureWork(side, side, 1, True, 64, torch.bfloat16)
+
+    bytes_by_level = [device_activations(config, work, t, on_cpu=False) for t in tilings(config, work)]
+
+    assert len(bytes_by_level) > 3
+    assert bytes_by_level == sorted(bytes_by_level, reverse=True)
+
+
+def test_running_out_of_memory_halves_the_slices_and_redoes_the_step(model: Path, monkeypatch) -> None:
+    """The second step fails twice; what the first one made stays, and the picture is that of smaller slices."""
+    monkeypatch.setattr(linear, "CPU_SLICE_BYTES", 1 << 20)
+    fail_at, calls = {3, 4}, []
+    decode = pipeline.decode_tiled
+
+    def run_out(*arguments) -> None:
+        calls.append(arguments[1])
+        if len(calls) in fail_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        decode(*arguments)
+
+    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+        expected = pipe(**PROMPT, **FAST).images
+        steps: list[int] = []
+        monkeypatch.setattr(pipeline, "decode_tiled", run_out)
+        found = pipe(**PROMPT, **FAST, callback_on_step_end=lambda pipe, step, *_: steps.append(step)).images
+        warnings = pipe.warnings
+
+    assert steps == [0, 1, 2]  # each done once, none twice
+    assert len(calls) == 3 * 2 + len(fail_at)
+    assert [w.partition(";")[0] for w in warnings] == ["out of memory in step 2"] * 2
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_running_out_of_memory_with_the_smallest_slices_is_told(model: Path, monkeypatch) -> None:
+    def run_out(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+        monkeypatch.setattr(pipeline, "decode_tiled", run_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            pipe(**PROMPT, **FAST)
+
+
+def test_tiny_slices_draw_the_same_picture(monkeypatch) -> None:
+    """The demo at a size of several tiles, through the real pipeline, tiled small against whole."""
+    with L2PPipeline.from_pretrained("demo", dtype="fp32") as pipe:
+        choices = list(tilings(pipe.config, pipe.work(512, 384, 1, 2.0, 32)))
+        pictures = []
+        for tiling in (choices[0], choices[-1]):
+            small = replace(tiling, sizes=replace(tiling.sizes, tokens=96, queries=64, heads=1, keys=80))
+            chosen = tiling if tiling is choices[0] else small
+            open_ = pipe.weights.open
+            monkeypatch.setattr(pipe.weights, "open", lambda work, open_=open_, chosen=chosen: (open_(work), chosen)[1])
+            pictures.append(
+                pipe("a red ring", seed=3, width=512, height=384, num_inference_steps=2, output_type="pt").images
+            )
+            monkeypatch.undo()
+
+    torch.testing.assert_close(pictures[0], pictures[1], atol=2e-4, rtol=0)
