@@ -128,7 +128,8 @@ def plan_residency(
     blocks: in the order of their visits. slots: of the ring; by default at least 3 where blocks come from
     the disk, at least 2 otherwise, more where that saves stall, and one pair where memory is short.
     Where no link has to be crossed, spare memory is the only RAM there is and holds as many blocks as fit
-    without taking the ring's room to hide reads; elsewhere spare device memory goes to blocks whose copy cannot hide, spread evenly over the step.
+    without taking the ring's room to hide reads; elsewhere spare device memory goes to blocks whose copy
+    cannot hide, spread evenly over the step.
     Pure and deterministic. Raises BudgetError with the numbers and the smallest budget that works.
     """
     if len({block.name for block in blocks}) != len(blocks):

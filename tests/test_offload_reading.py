@@ -179,7 +179,7 @@ def test_a_file_cut_short_while_it_is_read_ends_in_an_error(
 
     with Checkpoint.open(path) as checkpoint, Reader(checkpoint, io=io) as reader:
         os.truncate(path, 100_000)
-        with pytest.raises(CheckpointError, match=r"block layers\.3: .*only [0-9]+ bytes are there; the file was cut short"):
+        with pytest.raises(CheckpointError, match=r"block layers\.3: .*only [0-9]+ bytes are there; the file was cut"):
             read(reader, [Extent(path, 50_000, 100_000, 0)], 100_000)
 
 
