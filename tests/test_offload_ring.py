@@ -303,13 +303,14 @@ class WatchedDevice(CpuDevice):
 
 
 def test_closing_lets_go_of_all_memory(checkpoint: Checkpoint, blocks: list[Block]) -> None:
-    device = WatchedDevice()
+    device, plan = WatchedDevice(), plan_for(blocks, whole(blocks) * 3 // 4)
     with Reader(checkpoint) as reader:
-        with Ring(blocks, plan_for(blocks, whole(blocks) // 2), device, reader) as ring:
+        with Ring(blocks, plan, device, reader) as ring:
             walk(ring, blocks, torch.randn(1, 64), 2)
             held = device.alive
 
         assert device.alive == 0
+    assert plan.slots and plan.count(Tier.DEVICE)
     assert held == len(device.storages) == 2  # what stays, and the slots: nothing more, ever
 
 
