@@ -1,0 +1,110 @@
+"""Processes of their own for measurements: a cold file before, a memory limit around, JSON from the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MOUNT = Path("/sys/fs/cgroup")
+# When the parent started the process, on the clock of time.perf_counter (one for all processes on Linux).
+STARTED = "BENCHMARK_STARTED"
+
+
+def drop_cache(files: Iterable[Path]) -> None:
+    """Put files out of the page cache ("cold"), as far as the system lets itself be told."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """A control group with a memory limit, or why there is none (`folder` None)."""
+
+    folder: Path | None
+    note: str
+
+    def enter(self) -> None:
+        """Put the calling process into the group."""
+        if self.folder is not None:
+            (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Most that the group held, page cache included."""
+        for name in ("memory.max_usage_in_bytes", "memory.peak"):
+            if self.folder is not None and (self.folder / name).exists():
+                return int((self.folder / name).read_text())
+        return None
+
+
+@contextmanager
+def memory_group(limit: int | None) -> Iterator[MemoryGroup]:
+    """A fresh group limited to `limit` bytes, v1 or v2, gone afterwards. None: no group."""
+    if limit is None:
+        yield MemoryGroup(None, "no limit")
+        return
+    try:
+        folder = _make_group(limit)
+    except OSError as error:
+        yield MemoryGroup(None, f"no limit: control groups cannot be made here ({error.strerror})")
+        return
+    try:
+        yield MemoryGroup(folder, f"memory group of {limit} bytes")
+    finally:
+        folder.rmdir()
+
+
+def _make_group(limit: int) -> Path:
+    v1 = _MOUNT / "memory"
+    base, name = (v1, "memory.limit_in_bytes") if v1.is_dir() else (_MOUNT, "memory.max")
+    folder = base / _own_group(base is v1) / f"benchmark-{os.getpid()}-{time.monotonic_ns()}"
+    folder.mkdir()
+    try:
+        (folder / name).write_text(str(limit))
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
+
+
+def _own_group(is_v1: bool) -> str:
+    """Path of this process's group below the mount. With v2 its parent: groups with processes have no limits below."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if is_v1 and "memory" in controllers.split(","):
+            return path.strip("/")
+        if not is_v1 and not controllers:
+            return str(Path(path).parent).strip("/")
+    return ""
+
+
+def measured(
+    arguments: Sequence[str],
+    *,
+    limit: int | None = None,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run a Python script and return the JSON object of its last line, with "group" and "group_peak_bytes" added."""
+    with memory_group(limit) as group:
+        variables = {**os.environ, **(environment or {}), STARTED: str(time.perf_counter())}
+        done = subprocess.run(
+            [python, *arguments], stdout=subprocess.PIPE, text=True, env=variables, preexec_fn=group.enter
+        )
+        if done.returncode:
+            raise RuntimeError(f"{Path(arguments[0]).name} ended with {done.returncode} ({group.note})")
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return {**found, "group": group.note, "group_peak_bytes": group.peak_bytes}
