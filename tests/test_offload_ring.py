@@ -310,7 +310,8 @@ def test_closing_lets_go_of_all_memory(checkpoint: Checkpoint, blocks: list[Bloc
             held = device.alive
 
         assert device.alive == 0
-    assert plan.slots and plan.count(Tier.DEVICE)
+    assert plan.slots
+    assert plan.count(Tier.DEVICE)
     assert held == len(device.storages) == 2  # what stays, and the slots: nothing more, ever
 
 
