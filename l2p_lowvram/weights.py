@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from offload import Checkpoint, CheckpointError, TensorSource
+from offload import Block, Checkpoint, CheckpointError, TensorSource
 from offload.header import shown
-from offload.mapped import read_aligned, read_source
+from offload.mapped import MappedBlocks, read_aligned, read_source
 
 from .layout import ModelLayout
 from .linear import Linear
@@ -54,8 +54,11 @@ def load_transformer(
 
 def check_scales(checkpoint: Checkpoint, sources: Iterable[TensorSource]) -> None:
     """Raise CheckpointError unless every scale is finite and not negative. Reads the scales: a few MiB."""
-    for source in sources:
-        if source.name.endswith(f".{SCALE}"):
+    scales = [source for source in sources if source.name.endswith(f".{SCALE}")]
+    # All at once: they lie scattered over the file, and one after the other each would be a wait of its own.
+    with MappedBlocks(checkpoint, [Block(SCALE, tuple(scales))]) as mapped:
+        mapped.prefetch(SCALE)
+        for source in scales:
             low, high = read_source(checkpoint, source).aminmax()
             if not (0 <= float(low) <= float(high) < float("inf")):
                 tensor = source.parts[0].tensor

@@ -65,7 +65,7 @@ class MappedBlocks:
         """Lend the weights of a block. Raises KeyError."""
         asked = time.perf_counter()
         weights = {source.name: self._tensor(source) for source in self._blocks[name].sources}
-        self._prefetch(self._next[name])
+        self.prefetch(self._next[name].name)
         self.visits += 1
         lent = time.perf_counter()
         self.timeline.add("wait", name, asked, lent)
@@ -88,8 +88,9 @@ class MappedBlocks:
         self.copied_bytes += tensor.nbytes
         return tensor.to(self._device)
 
-    def _prefetch(self, block: Block) -> None:
-        for extent in block.layout.extents:
+    def prefetch(self, name: str) -> None:
+        """Ask the system to bring the pages of a block; returns at once."""
+        for extent in self._blocks[name].layout.extents:
             self._advise(extent, "POSIX_FADV_WILLNEED")
 
     def _advise(self, extent: Extent, advice: str) -> None:

@@ -267,7 +267,7 @@ def test_the_probe_names_the_fastest_way_and_every_rate(path: Path) -> None:
     with Checkpoint.open(path) as checkpoint:
         probe = probe_io(checkpoint, rounds=3, round_bytes=20_000)
 
-    assert probe.rates[probe.io] >= 0.95 * max(probe.rates.values())
+    assert 1.3 * probe.rates[probe.io] >= max(probe.rates.values())
     assert all(f"{io} {rate / 1e9:.2f} GB/s" in probe.reason for io, rate in probe.rates.items())
 
 
@@ -281,8 +281,18 @@ def test_the_probe_says_why_a_way_is_not_available(path: Path, monkeypatch: pyte
     assert "direct not available: this system has no direct reads" in probe.reason
 
 
-def test_on_a_tie_the_plainest_way_wins() -> None:
-    probe = reading_module._judge({"read": 9.7e9, "direct": 10e9, "mmap": 2e9}, {})
+@pytest.mark.parametrize(
+    ("rates", "io"),
+    [
+        ({"read": 9.0e9, "direct": 10e9, "mmap": 2e9}, "read"),
+        ({"read": 9.0e9, "direct": 11e9, "mmap": 12e9}, "direct"),
+        ({"read": 1.0e9, "direct": 1.1e9, "mmap": 1.4e9}, "mmap"),
+        ({"direct": 1.0e9, "mmap": 1.2e9}, "direct"),
+    ],
+)
+def test_the_plainest_way_wins_unless_another_is_clearly_faster(rates: dict[str, float], io: str) -> None:
+    probe = reading_module._judge(rates, {})
 
-    assert probe.io == "read"
-    assert probe.reason.startswith("read (within 5% of the fastest): read 9.70 GB/s")
+    assert probe.io == io
+    assert probe.reason.startswith(io)
+    assert ("no other is clearly faster" in probe.reason) == (rates[io] < max(rates.values()))
