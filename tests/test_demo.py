@@ -17,10 +17,13 @@ from l2p_lowvram import L2PPipeline
 from l2p_lowvram.demo import train
 from l2p_lowvram.demo.export import export
 from l2p_lowvram.demo.judge import agreement, judge
-from l2p_lowvram.demo.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, draw_scenes, phrase, render
+from l2p_lowvram.demo.muon import Muon, orthogonalised
+from l2p_lowvram.demo.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, covers, draw_scenes, phrase, render
 from l2p_lowvram.images import from_pil, read_image
+from l2p_lowvram.layout import read_layout
 from l2p_lowvram.repository import DEMO_FOLDER
 from l2p_lowvram.text import PromptTokenizer
+from offload import Checkpoint
 
 
 def test_a_phrase_names_all_that_is_not_assumed():
@@ -58,7 +61,7 @@ def test_the_judge_sees_what_is_wrong():
 
 @pytest.fixture
 def small_run(tmp_path: Path, monkeypatch) -> Path:
-    """A run folder with the shipped tokenizer and an untrained encoder; two tiny steps a stage."""
+    """A run folder with the shipped tokenizer and an untrained encoder; a recipe of four tiny steps."""
     from safetensors.torch import save_file
 
     run = tmp_path / "run"
@@ -68,7 +71,12 @@ def small_run(tmp_path: Path, monkeypatch) -> Path:
     save_file(train.TextEncoder(train.ENCODER).state_dict(), run / train.ENCODER_FILE)
     monkeypatch.setattr(train, "MODEL", replace(train.MODEL, dim=64, n_heads=2, n_layers=1, ffn_dim=64))
     monkeypatch.setattr("l2p_lowvram.demo.export.MODEL", train.MODEL)
-    stages = (train.Stage(2, ((32, 32, 2),), (1e-3, 1e-3)), train.Stage(2, ((32, 48, 1),), (1e-3, 1e-4)))
+    sizes, rates = ((32, 48, 2),), (1e-3, 1e-4)
+    stages = (
+        train.Stage(1, sizes, rates),
+        train.Stage(2, sizes, decoder_rate=rates, window=32, restart=True),
+        train.Stage(1, sizes, rates, rates, window=32),
+    )
     monkeypatch.setattr(train, "RECIPE", stages)
     return run
 
@@ -100,6 +108,69 @@ def test_training_that_was_interrupted_ends_with_the_same_bits(small_run: Path, 
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
+def test_windows_cut_tokens_and_pixels_in_the_same_place():
+    cover = covers(draw_scenes(random.Random(3), 8), 128, 96)
+    tokens = torch.arange(8 * 48.0).view(8, 1, 6, 8)
+    pixels = tokens.repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+    places = train.draw_windows(cover, 4, random.Random(0))
+
+    seen = train.cut(tokens, places, 4, 1)
+    assert torch.equal(train.cut(pixels, places, 4, 16), seen.repeat_interleave(16, 2).repeat_interleave(16, 3))
+    assert (train.cut(cover, places, 4, 16)[1::2].amax((1, 2, 3)) > 0.5).all()  # every second one is on the figure
+
+
+def test_a_part_whose_rate_is_zero_rests(small_run: Path):
+    features = train.prepare_text(small_run, seed=1)
+    run = train.Run(small_run, seed=1)
+    before = {name: p.detach().clone() for name, p in run.parameters.items()}
+    stage = train.Stage(1, ((32, 32, 4),), decoder_rate=(1e-3, 1e-3), window=32)
+
+    run.advance(train.training_loss(run, features, stage, 0), 0.0, 1e-3)
+
+    moved = {name for name, p in run.parameters.items() if not torch.equal(p, before[name])}
+    assert moved
+    assert {train.trained_by(name, before[name]) for name in moved} == {"decoder"}
+
+
+def test_a_new_decoder_sees_the_plan_and_the_pixels(small_run: Path):
+    run = train.Run(small_run, seed=1)
+    decoder = run.model.local_decoder
+    pixels, tokens = torch.randn(2, 3, 32, 48), torch.randn(2, train.MODEL.dim, 2, 3)
+    seen = {}
+    decoder.bottleneck[0].register_forward_hook(lambda _module, _inputs, out: seen.update(plan=out.clone()))
+    decoder.enc1.register_forward_hook(lambda _module, _inputs, out: seen.update(pixels=out))
+
+    decoder(pixels, tokens)
+
+    wanted = run.sketch(tokens.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)[:, -6:]
+    torch.testing.assert_close(seen["plan"][:, 64:70], wanted)
+    torch.testing.assert_close(seen["pixels"][:, 0:6:2] - seen["pixels"][:, 1:6:2], 0.5 * pixels)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 16)])
+def test_muon_steps_are_nearly_orthogonal(shape: tuple[int, ...]):
+    torch.manual_seed(0)
+
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(shape)))
+
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_muon_takes_a_fused_projection_as_three():
+    torch.manual_seed(0)
+    parts = [torch.nn.Parameter(torch.randn(16, 16)) for _ in range(3)]
+    fused = torch.nn.Parameter(torch.cat([p.detach() for p in parts]))
+    for part in parts:
+        part.grad = torch.randn(16, 16)
+    fused.grad = torch.cat([p.grad for p in parts if p.grad is not None])
+
+    Muon([*parts, fused], lr=0.1).step()
+
+    torch.testing.assert_close(fused.detach(), torch.cat([p.detach() for p in parts]))
+
+
 def test_an_exported_run_is_a_model_folder_that_runs(small_run: Path, tmp_path: Path):
     train.train(small_run, seed=1, save_every=10)
     export(small_run, tmp_path / "model")
@@ -108,7 +179,9 @@ def test_an_exported_run_is_a_model_folder_that_runs(small_run: Path, tmp_path: 
     out = pipe("a red circle", seed=1, width=32, height=32, num_inference_steps=1, output_type="pt")
 
     assert out.images.isfinite().all()
-    assert pipe.transformer.layers[0].attention.qkv.weight.dtype == torch.int8
+    with Checkpoint.open(tmp_path / "model") as checkpoint:
+        quantized = read_layout(checkpoint).quantized
+    assert "layers.0.attention.qkv" in quantized
 
 
 def test_the_shipped_model_is_small_and_in_the_real_formats():
@@ -121,9 +194,6 @@ def test_the_shipped_model_is_small_and_in_the_real_formats():
         "tokenizer/tokenizer.json",
     }
     assert sum((DEMO_FOLDER / file).stat().st_size for file in files) <= 16_000_000
-    from l2p_lowvram.layout import read_layout
-    from offload import Checkpoint
-
     with Checkpoint.open(DEMO_FOLDER) as checkpoint:
         layout = read_layout(checkpoint)
     assert (layout.prefix, layout.naming) == ("model.diffusion_model.", "comfyui")

@@ -108,7 +108,9 @@ RECIPE = (
     Stage(1000, _MIXED, (4e-3, 4e-3), (2e-3, 2e-3)),
     Stage(1600, _MIXED, decoder_rate=(2e-3, 2e-3), high=0.4, restart=True),
     Stage(100, _MIXED, (1.5e-3, 1.393571e-3), (2e-3, 1.857857e-3), high=0.3),
-    Stage(1000, _MIXED, (1.5e-3, 1e-5), (2e-3, 1e-5), high=0.3, low=0.3, jitter=0.005),
+    Stage(150, _MIXED, (1.5e-3, 1.2765e-3), (2e-3, 1.7015e-3), high=0.3, low=0.3, jitter=0.005),
+    Stage(200, _MIXED, (1.2765e-3, 8.86808e-4), (1.7015e-3, 1.181038e-3), high=0.3, low=0.3, jitter=0.005),
+    Stage(300, _MIXED, (8.86808e-4, 1e-5), (1.181038e-3, 1e-5), high=0.3, low=0.3, jitter=0.005),
 )
 WARMUP = 50
 # A linear layer reads the picture's plan from the transformer's own tokens, in training only: per patch the
