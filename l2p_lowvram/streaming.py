@@ -245,7 +245,7 @@ class Streamer:
                 Ring(
                     work.blocks,
                     plan,
-                    self._device(),
+                    self.ring_device(),
                     reader,
                     once=work.once,
                     keep_cache=self.options.ram is None,
@@ -324,7 +324,8 @@ class Streamer:
         has_ring = self.device.type in ("cpu", "cuda")
         return not has_ring or (io.io == "mmap" and self.device.type == "cpu")
 
-    def _device(self) -> Device:
+    def ring_device(self) -> Device:
+        """What rings run on; made when the first one opens."""
         if self._ring_device is None:
             if self.device.type == "cpu":
                 self._ring_device = CpuDevice()
