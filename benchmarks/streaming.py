@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -73,9 +72,9 @@ def compute(model: str) -> dict[str, Any]:
         opened = pipeline.weights.open
         loaded = cpu = 0.0
 
-        def open_and_load(work: Any) -> None:
+        def open_and_load(work: Any) -> Any:
             nonlocal loaded, cpu
-            opened(work)
+            tiling = opened(work)
             (stream,) = pipeline.streamer.streams
             moving = [
                 n for n, tier in stream.plan.tiers.items() if tier.value != "device" and n not in stream.work.once
@@ -86,6 +85,7 @@ def compute(model: str) -> dict[str, Any]:
                 with pipeline.weights.visit(block.name):
                     pass
             loaded, cpu = time.perf_counter(), time.process_time()
+            return tiling
 
         pipeline.weights.open = open_and_load  # type: ignore[method-assign]
         one_forward(pipeline)
@@ -179,7 +179,7 @@ def guided(model: str) -> dict[str, Any]:
         call(1)
         raise AssertionError("a budget of one byte was accepted")
     except BudgetError as error:
-        least = int(re.search(r"takes (\d+) bytes", str(error)).group(1))  # type: ignore[union-attr]
+        least = error.needed
     pass_bytes, resident, _ = call(least)
     return {"step_bytes": (counted[2] - counted[0]) / 2, "pass_bytes": pass_bytes, "resident": resident, "ram": least}
 
