@@ -39,10 +39,13 @@ def expected(checkpoint: Checkpoint, source: TensorSource) -> Tensor:
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(source.shape)
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A copy: an expanded tensor of one element counts as contiguous and still has a stride of 0."""
+    return torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.flatten()).view(torch.uint8)
+
+
 def same_bits(one: Tensor, two: Tensor) -> bool:
-    return (one.dtype, one.shape) == (two.dtype, two.shape) and torch.equal(
-        one.contiguous().flatten().view(torch.uint8), two.contiguous().flatten().view(torch.uint8)
-    )
+    return (one.dtype, one.shape) == (two.dtype, two.shape) and torch.equal(as_bytes(one), as_bytes(two))
 
 
 def checkpoint_of(tmp_path: Path, tensors: dict[str, Tensor]) -> Checkpoint:
