@@ -56,7 +56,9 @@ OUTPUT_TYPES = ("pil", "pt", "np")
 
 @dataclass
 class PipelineOutput:
-    """images: list of PIL images, a float tensor (B, 3, H, W) in [-1, 1] ("pt"), or uint8 (B, H, W, 3) ("np").
+    """images: list of PIL images, a float tensor (B, 3, H, W) ("pt"), or uint8 (B, H, W, 3) ("np").
+
+    The tensor is the sample itself: black is -1, white 1, and what lies a little beyond is not clipped.
 
     seeds: the seed of each picture, None when the noise came from elsewhere.
     seconds: time per phase. interrupted: the run was stopped early; the pictures
