@@ -61,7 +61,11 @@ class ResidentWeights:
 
 
 class StreamedWeights:
-    """A model on the meta device, its weights streamed from `checkpoint`, which is closed with it."""
+    """A model on the meta device, its weights streamed from `checkpoint`.
+
+    `close` gives back memory, threads and descriptors; the checkpoint stays mapped, which holds none of
+    them, for as long as this lives, so that `open` can begin again.
+    """
 
     def __init__(
         self, transformer: L2PTransformer, layout: ModelLayout, checkpoint: Checkpoint, streamer: Streamer
