@@ -7,7 +7,7 @@ every parameter names its file tensors with their offsets.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -130,10 +130,7 @@ def read_layout(
     if rope_axes is not None:
         settings = replace(settings, rope_axes=rope_axes)
     config = read_config(found.shapes(), path, settings, found.patch_size)
-    with torch.device("meta"):
-        model = L2PTransformer(config)
-    linears = {name for name, module in model.named_modules() if isinstance(module, Linear)}
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected, linears = _parameters(config)
     weights = found.match(expected, linears)
 
     sources: dict[str, TensorSource] = {}
@@ -153,6 +150,27 @@ def read_layout(
         MappingProxyType(quantized),
         (*found.warnings(), *_rotation_warnings(quantized)),
     )
+
+
+def _parameters(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Shapes of a model's parameters by name, and the names of its linear layers.
+
+    One block of each stack is made and stands for all of them: making all takes longer than reading the header.
+    """
+    counts = {
+        "noise_refiner": config.n_noise_refiner,
+        "context_refiner": config.n_context_refiner,
+        "layers": config.n_layers,
+    }
+    with torch.device("meta"):
+        model = L2PTransformer(replace(config, **{f"n_{stack}": min(count, 1) for stack, count in counts.items()}))
+
+    def spread(name: str) -> Iterator[str]:
+        stack, _, rest = name.partition(".0.")
+        yield from [f"{stack}.{index}.{rest}" for index in range(counts[stack])] if stack in counts else [name]
+
+    linears = {name for one, module in model.named_modules() if isinstance(module, Linear) for name in spread(one)}
+    return {name: tuple(p.shape) for one, p in model.named_parameters() for name in spread(one)}, linears
 
 
 def _settings(checkpoint: Checkpoint, path: Path, given: ModelSettings | None) -> ModelSettings:

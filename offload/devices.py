@@ -6,8 +6,10 @@ calls is the order of effects; `offload.simulator` checks the order instead of r
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 # Slots are aligned for every kernel, staging buffers for direct reads.
 BUFFER_ALIGNMENT = 4096
+_HUGE_PAGE = 2 << 20
 
 
 class Cancelled(Exception):
@@ -209,6 +212,16 @@ def aligned_buffer(nbytes: int) -> Tensor:
     """
     # A tensor made in inference mode could not be written to by the courier, which is not in it.
     with torch.inference_mode(False):
-        storage = torch.empty(nbytes + BUFFER_ALIGNMENT, dtype=torch.uint8)
-        skip = -storage.data_ptr() % BUFFER_ALIGNMENT
+        is_huge = nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+        alignment = _HUGE_PAGE if is_huge else BUFFER_ALIGNMENT
+        storage = _huge_pages(nbytes + alignment) if is_huge else torch.empty(nbytes + alignment, dtype=torch.uint8)
+        skip = -storage.data_ptr() % alignment
         return storage[skip : skip + nbytes]
+
+
+def _huge_pages(nbytes: int) -> Tensor:
+    """Memory that the system may back with huge pages: the first read into it is spared a fault every 4 KiB."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

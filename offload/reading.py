@@ -380,8 +380,9 @@ class IoProbe:
     reason: str
 
 
-# The plainest way first, and by how much another has to beat the best before it. A short probe on a busy
-# machine is worth little more; and a mapping of a file that is cut short ends the process.
+# The plainest way first, and by how much another's median has to beat the best before it; in no round may it
+# be slower than that one's best. A short probe on a busy machine is worth little more; and a mapping of a file
+# that is cut short ends the process.
 _MARGINS = {"read": 1.0, "direct": 1.15, "mmap": 1.3}
 
 
@@ -419,7 +420,7 @@ def probe_io(
     finally:
         for reader in readers.values():
             reader.close()
-    return _judge({io: statistics.median(found) for io, found in rates.items() if io not in refused}, refused)
+    return _judge({io: found for io, found in rates.items() if io not in refused}, refused)
 
 
 def _places(size: int, count: int, nbytes: int) -> list[tuple[int, int]]:
@@ -435,10 +436,12 @@ def _timed_read(reader: Reader, extent: Extent, buffer: _Bytes) -> float:
     return extent.nbytes / max(time.perf_counter() - started, 1e-9)
 
 
-def _judge(rates: Mapping[str, float], refused: Mapping[str, str]) -> IoProbe:
+def _judge(rounds: Mapping[str, Sequence[float]], refused: Mapping[str, str]) -> IoProbe:
+    """rounds: bytes per second of each round, by way."""
+    rates = {io: statistics.median(found) for io, found in rounds.items()}
     chosen = next(io for io in _MARGINS if io in rates)
     for io, margin in _MARGINS.items():
-        if rates.get(io, 0.0) > margin * rates[chosen]:
+        if rates.get(io, 0.0) > margin * rates[chosen] and min(rounds[io]) > max(rounds[chosen]):
             chosen = io
     measured = ", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items())
     plainer = "" if rates[chosen] == max(rates.values()) else " (no other is clearly faster)"

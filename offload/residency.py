@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import lru_cache
 from types import MappingProxyType
 
 from offload.blocks import aligned
@@ -138,6 +139,12 @@ def plan_residency(
         raise ValueError(f"the ring needs at least 2 slots, got {slots}")
     _require_device(blocks, budget)
     _require_staging(blocks, rates, budget)
+    return _best_plan(tuple(blocks), rates, budget, slots)
+
+
+# A run asks for the same plan a few times: whether it fits, to tell of it, and to open the ring.
+@lru_cache(maxsize=64)
+def _best_plan(blocks: tuple[BlockCost, ...], rates: Rates, budget: Budget, slots: int | None) -> ResidencyPlan:
     choices = (
         _complete(blocks, rates, budget, resident, slots) for resident in _resident_choices(blocks, budget.weights)
     )
@@ -306,26 +313,33 @@ def predict_stall(
     having read as much ahead as the staging ring holds; the other computes each block once it is there.
     """
     visits = [block for turn in range(_most_visits(blocks)) for block in blocks if block.visits > turn]
+    moves = [_move(block, rates, tiers[block.name], slot_bytes, staging_bytes) for block in visits]
+    computing = sum(block.seconds for block in visits)
     cycle = SlotCycle(slots)
     moved = computed = stall = 0.0
     free = [0.0] * slots
     for _ in range(_STEPS_TO_STEADY_STATE):
         before = computed
-        for block in visits:
-            tier = tiers[block.name]
+        for block, (count, whole, unread) in zip(visits, moves, strict=True):
             arrived, taken = 0.0, range(0)
-            if tier is not Tier.DEVICE:
-                taken = cycle.take(-(-block.nbytes // slot_bytes))
-                freed = max(free[slot] for slot in taken)
-                across = block.nbytes / rates.across()
-                read = block.nbytes / rates.source(tier)
-                unread = max(block.nbytes - staging_bytes, 0) / rates.source(tier)
-                arrived = moved = max(moved + max(across, read), freed + max(across, unread))
+            if count:
+                taken = cycle.take(count)
+                freed = max(free[taken.start : taken.stop])
+                arrived = moved = max(moved + whole, freed + unread)
             computed = max(computed, arrived) + block.seconds
             for slot in taken:
                 free[slot] = computed
-        stall = computed - before - sum(block.seconds for block in visits)
+        stall = computed - before - computing
     return max(stall, 0.0)
+
+
+def _move(block: BlockCost, rates: Rates, tier: Tier, slot_bytes: int, staging_bytes: int) -> tuple[int, float, float]:
+    """Slots that a block takes (0: it stays), seconds to bring it, and to bring what staging cannot hold ahead."""
+    if tier is Tier.DEVICE:
+        return 0, 0.0, 0.0
+    across, source = block.nbytes / rates.across(), rates.source(tier)
+    unread = max(block.nbytes - staging_bytes, 0) / source
+    return -(-block.nbytes // slot_bytes), max(across, block.nbytes / source), max(across, unread)
 
 
 def _most_visits(blocks: Sequence[BlockCost]) -> int:
