@@ -9,14 +9,14 @@ branch of batch 1. A kernel's own scratch, weights, and what the allocator round
                 + weights of the group + the larger of a projected slice and an attended slice,
                 or L D e + an output slice, or the feed-forward's slice
     prelude     a strip of patches: pixels, patches, embedded rows; or making the RoPE table
-    epilogue    `decoder_plan.peak_bytes`
+    epilogue    `decoder_memory`
 """
 
 from __future__ import annotations
 
 from .config import IMAGE_CHANNELS, ModelConfig
+from .decoder_memory import decoder_memory
 from .decoder_plan import DecoderJob, DecoderPlan
-from .decoder_plan import peak_bytes as decoder_peak_bytes
 from .model import padded_length
 from .slicing import SliceSizes
 
@@ -82,6 +82,9 @@ def prelude_bytes(config: ModelConfig, width: int, height: int, sizes: SliceSize
     return max(2 * pixels + embedded, pixels + rope + embedded)
 
 
-def epilogue_bytes(config: ModelConfig, width: int, height: int, plan: DecoderPlan, itemsize: int) -> int:
-    """Most bytes alive beside the states while the local decoder runs."""
-    return decoder_peak_bytes(DecoderJob.of(config, width, height), plan, itemsize)
+def epilogue_bytes(
+    config: ModelConfig, width: int, height: int, plan: DecoderPlan, itemsize: int, *, on_cpu: bool
+) -> int:
+    """Most bytes beside the states while the local decoder runs: on a card with the holes between tensors."""
+    memory = decoder_memory(DecoderJob.of(config, width, height), plan, itemsize)
+    return memory.tensors if on_cpu else memory.segment

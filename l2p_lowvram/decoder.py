@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import IMAGE_CHANNELS, DecoderConfig
+from .config import IMAGE_CHANNELS, DecoderConfig, DecoderLevel
 from .linear import Conv2d
 
 KERNEL = 3  # of every convolution inside a level; the others are 1x1
@@ -50,22 +50,34 @@ class LocalDecoder(nn.Module):
         self.out_conv = Conv2d(inputs, IMAGE_CHANNELS, 1)
 
     def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
-        levels = range(len(self.config.levels))
+        levels = self.config.levels
         skips: list[Tensor] = []
-        pooled = self.encode(pixels, levels, skips)
-        lower = [self.merge(pooled, nearest_resize(features, pooled.shape[-2:]))]
-        del pooled
-        return self.out_conv(self.decode(lower.pop(), levels, skips))
+        x = pixels
+        for level in levels:
+            skips.append(self._part("enc", level)(x))
+            x = F.max_pool2d(skips[-1], 2)
+        x = self.merge(x, nearest_resize(features, x.shape[-2:]))
+        for level in reversed(levels):
+            x = self._part("dec", level)(torch.cat([self._part("up", level)(x), skips.pop()], dim=1))
+        return self.out_conv(x)
 
-    def encode(self, x: Tensor, levels: range, skips: list[Tensor] | None = None) -> Tensor:
+    # What follows is the same in parts, without autograd, and for little memory.
+
+    def encode(self, x: Tensor, levels: range, joins: list[Tensor] | None = None) -> Tensor:
         """The input of the first of `levels` (by index, shallow first) -> its pooled output after the last.
 
-        skips collects the maps that `decode` of the same levels takes.
+        joins collects what `decode` of the same levels takes: per level a buffer (B, up + encoder, h, w) whose
+        second part is the skip. Each is made before the maps of its level and so lies below them in memory;
+        `decode` gives them back in the opposite order, which leaves no holes.
         """
         for index in levels:
-            x = self.get_submodule(f"enc{self.config.levels[index].name}")(x)
-            if skips is not None:
-                skips.append(x)
+            level = self.config.levels[index]
+            if joins is None:
+                x = self._part("enc", level)(x)
+            else:
+                joins.append(x.new_empty(x.shape[0], level.up + level.encoder, *x.shape[-2:]))
+                joins[-1][:, level.up :] = self._part("enc", level)(x)
+                x = joins[-1][:, level.up :]
             x = F.max_pool2d(x, 2)
         return x
 
@@ -73,13 +85,16 @@ class LocalDecoder(nn.Module):
         """The bottleneck: pooled (B, C, h, w) and features (B, dim, h, w) -> (B, bottleneck, h, w)."""
         return self.bottleneck(torch.cat([pooled, features], dim=1))
 
-    def decode(self, x: Tensor, levels: range, skips: list[Tensor]) -> Tensor:
-        """Back up from below the last of `levels` to the output of the first; empties `skips`."""
+    def decode(self, x: Tensor, levels: range, joins: list[Tensor]) -> Tensor:
+        """Back up from below the last of `levels` to the output of the first; empties `joins`."""
         for index in reversed(levels):
-            name = self.config.levels[index].name
-            x = torch.cat([self.get_submodule(f"up{name}")(x), skips.pop()], dim=1)
-            x = self.get_submodule(f"dec{name}")(x)
+            level, joined = self.config.levels[index], joins.pop()
+            joined[:, : level.up] = self._part("up", level)(x)
+            x = self._part("dec", level)(joined)
         return x
+
+    def _part(self, kind: str, level: DecoderLevel) -> nn.Module:
+        return self.get_submodule(f"{kind}{level.name}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiling.conv import Tile
 
-from .decoder import LocalDecoder, level_outputs, nearest_resize
+from .decoder import LocalDecoder, level_inputs, level_outputs, nearest_resize
 from .decoder_plan import DecoderPlan, Stage, decoder_tiles, encoder_tiles
 
 # (rows, columns) of the picture -> pixels (B, 3, rows, columns) on the device, in the decoder's dtype
@@ -48,13 +48,13 @@ def decode_tiled(
 
     features (B, dim, h, w) may be any view. read is called several times for a pixel; what write gets is its
     to change, and gone afterwards. Exact: a tile is computed from the same inputs as the whole, up to the
-    order in which a kernel sums. The device holds `decoder_plan.peak_bytes` beyond what the caller gave.
+    order in which a kernel sums. The device holds `decoder_memory` beyond what the caller gave.
     Raises ValueError for a size off the decoder's grid, or a plan for another decoder.
     """
     plan.check(decoder.config)
     inputs = [read]  # of every stage
     for stage in plan.stages[:-1]:
-        inputs.append(_crops_of(_encode_stage(decoder, stage, size, inputs[-1])))
+        inputs.append(_crops_of(_encode_stage(decoder, stage, size, inputs[-1], features)))
     below = features
     for stage in reversed(plan.stages):
         below = _decode_stage(decoder, stage, size, inputs.pop(), below, write)
@@ -64,13 +64,13 @@ def _crops_of(whole: Tensor) -> ReadPixels:
     return lambda rows, columns: whole[..., rows, columns]
 
 
-def _encode_stage(decoder: LocalDecoder, stage: Stage, size: tuple[int, int], read: ReadPixels) -> Tensor:
-    """The pooled output (B, C, h, w) of a stage, as a whole."""
-    pooled = torch.empty(0)
+def _encode_stage(decoder: LocalDecoder, stage: Stage, size: tuple[int, int], read: ReadPixels, like: Tensor) -> Tensor:
+    """The pooled output (B, C, h, w) of a stage, as a whole, with the batch, dtype and device of `like`."""
+    # Before the first tile: what lives longer lies below.
+    channels = level_inputs(decoder.config, stage.stop)
+    pooled = like.new_empty(like.shape[0], channels, size[0] >> stage.stop, size[1] >> stage.stop)
     for rows, columns in product(*(encoder_tiles(decoder.config, stage, side) for side in size)):
         part = decoder.encode(read(rows.read, columns.read), stage.levels)
-        if not pooled.numel():
-            pooled = part.new_empty(*part.shape[:2], size[0] >> stage.stop, size[1] >> stage.stop)
         pooled[..., rows.keep, columns.keep] = part[..., rows.local, columns.local]
         del part
     return pooled
@@ -111,12 +111,12 @@ def _decode_tile(
     tile: tuple[Tile, ...],
 ) -> Tensor:
     """A stage on one crop -> its output on the whole crop, halo included."""
-    skips: list[Tensor] = []
-    pooled = decoder.encode(crop, stage.levels, skips)
+    joins: list[Tensor] = []
+    pooled = decoder.encode(crop, stage.levels, joins)
     del crop
     lower = [_from_below(decoder, stage, size, pooled, below, tile)]
     del pooled, below
-    x = decoder.decode(lower.pop(), stage.levels, skips)
+    x = decoder.decode(lower.pop(), stage.levels, joins)
     return decoder.out_conv(x) if stage.first == 0 else x
 
 

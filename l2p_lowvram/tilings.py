@@ -14,7 +14,8 @@ import torch
 
 from . import activations, linear
 from .config import IMAGE_CHANNELS, ModelConfig
-from .decoder_plan import DecoderJob, DecoderPlan, choose_plan, overhead
+from .decoder_memory import choose_plan
+from .decoder_plan import DecoderJob, DecoderPlan, overhead
 from .model import padded_length
 from .slicing import SliceSizes
 
@@ -113,7 +114,7 @@ def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling, *
     converted = linear.converted_bytes(torch.device("cpu" if on_cpu else "cuda"), e)
     block = activations.block_bytes(config, tokens, sizes, e, stored_itemsize=1, dequantize_bytes=converted)
     prelude = activations.prelude_bytes(config, work.width, work.height, sizes, e) + converted
-    epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, e)
+    epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, e, on_cpu=on_cpu)
     if on_cpu:
         epilogue += int(epilogue * _CPU_CONVOLUTION_SHARE)
     peak = states + captions + max(block, prelude, epilogue)

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from l2p_lowvram import decoder_plan
 from l2p_lowvram.config import ModelConfig
 from l2p_lowvram.decoder import LocalDecoder, decoder_layers, encoder_layers, merge_layers, nearest_resize
-from l2p_lowvram.decoder_plan import DecoderJob, DecoderPlan, Stage, choose_plan, macs, overhead, peak_bytes, whole_plan
+from l2p_lowvram.decoder_memory import choose_plan, decoder_memory
+from l2p_lowvram.decoder_plan import DecoderJob, DecoderPlan, Stage, macs, overhead, whole_plan
 from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.synthetic import mini_config
 from l2p_lowvram.tiled_decoder import decode_tiled, reading, writing_velocity
@@ -219,7 +220,7 @@ def test_a_card_of_8_gib_pays_little_arithmetic_for_tiles(family: str, width: in
 
     plan = choose_plan(job, 3 * 10**9, itemsize=2)
 
-    assert peak_bytes(job, plan, itemsize=2) <= 3 * 10**9
+    assert decoder_memory(job, plan, itemsize=2).segment <= 3 * 10**9
     assert 1.0 <= overhead(job, plan) <= (1.06 if family in ("1k", "4k") else 1.09)
 
 
@@ -258,7 +259,7 @@ def test_the_predicted_peak_is_the_counted_one(family: str, width: int, height: 
 
     counted = counted_peak(job, plan, config)
 
-    assert peak_bytes(job, plan, itemsize=4) == pytest.approx(counted, rel=0.02)
+    assert decoder_memory(job, plan, itemsize=4).tensors == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.parametrize(
