@@ -1,0 +1,216 @@
+"""Our streaming beside others', the same modules and INT8 weights: `python benchmarks/peers.py FOLDER [--save]`.
+
+One forward on the CPU, fp32, one branch, 32 caption tokens. Every run is a process of its own which begins with the
+file out of the page cache; contenders take turns, medians of --rounds (one from 256 tokens on, which take long and
+vary little). `peer_contenders.py` says how each is set up, and that all of them walk the same modules.
+
+    models   full (the published file's tensors, 7.19 GB), mid (its width, 6 layers, 2.62 GB), narrow (width 1024, 60
+             layers, 1.10 GB), made in FOLDER where they are missing
+    time     of the first forward, prompt included, from opened files and hooked modules to the velocity. Not in it:
+             imports, opening and hooking (given apart), and what our probe of the disk takes (part of opening).
+             second: another step right after, the file as the page cache then has it; once, up to 256 tokens
+    memory   of the whole process: most that was resident at once (VmHWM, imports included), and the peaks of its
+             anonymous and its file-backed part (sampled), which need not have been reached together
+
+`compute` (weights in memory before the clock starts) and `read` (the blocks read, nothing computed) say how much of
+a forward is which: a point where reading takes longer than computing is disk-bound. Targets there: at least 1.5
+times as fast as each peer, with at most half its memory; elsewhere never slower. A time within the runs' own spread
+of the target is called noise, not met. Velocities must agree to the bit; where they do not, the largest difference is
+told. --limit puts every contender into a memory group. DiffSynth is installed into FOLDER without its dependencies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from limited import drop_cache, measured
+from results import RESULTS, Figure, at_least, at_most, finish, parser
+
+from l2p_lowvram.synthetic import main as make_synthetic
+from offload import parse_bytes
+
+MODELS = {
+    "full": [],
+    "mid": ["--layers", "6"],
+    "narrow": ["--dim", "1024", "--heads", "8", "--layers", "60"],
+}
+POINTS = ["full:32", "mid:32", "mid:256", "mid:1024", "narrow:32", "narrow:256", "narrow:1024"]
+PEERS = ["hand", "accelerate", "diffsynth", "diffusers"]
+DIFFSYNTH = "diffsynth==2.1.12"
+LONG = 256
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def prepare(folder: Path, models: Sequence[str], peers: Sequence[str]) -> None:
+    """Make the files that are missing, install what is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for model in models:
+        path = folder / f"{model}.safetensors"
+        if not path.exists():
+            make_synthetic([str(path), *MODELS[model]])
+    if "diffsynth" in peers and not (folder / "diffsynth").exists():
+        command = ["-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "diffsynth"), DIFFSYNTH]
+        subprocess.run([sys.executable, *command], check=True)
+
+
+def measure(point: str, contenders: Sequence[str], options: Any) -> Runs:
+    """All runs of one model and number of tokens, by contender."""
+    model, tokens = point.split(":")
+    path = options.folder / f"{model}.safetensors"
+    runs: Runs = {name: [] for name in contenders}
+    for turn in range(1 if int(tokens) >= LONG else options.rounds):
+        order = [name for name in contenders if turn == 0 or name not in ("compute", "read")]
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+            drop_cache([path])
+            job = {
+                "model": str(path),
+                "tokens": int(tokens),
+                "scratch": str(options.folder),
+                "ram": None if options.ram == "least" else parse_bytes(options.ram),
+                "io": options.io,
+                "device": options.device,
+                "threads": options.threads,
+                "second": turn == 0 and int(tokens) <= LONG and name != "compute",
+            }
+            script = str(Path(__file__).with_name("peer_contenders.py"))
+            # Alone among them these two are no contenders: they show the machine, and need all weights at once.
+            limit = None if name in ("compute", "read") or options.limit is None else parse_bytes(options.limit)
+            run = measured([script, name, json.dumps(job)], limit=limit)
+            if name != "read":
+                run["difference"] = difference(options.folder, name, runs["ours"], run)
+            runs[name].append(run)
+            print(f"{point} {name}: {run['seconds']:.2f} s", file=sys.stderr)
+    return runs
+
+
+def difference(folder: Path, name: str, ours: Sequence[dict[str, Any]], run: dict[str, Any]) -> float:
+    """Of this velocity from ours, the largest; 0 for equal bits."""
+    if not ours or ours[0]["velocity_sha256"] == run["velocity_sha256"]:
+        return 0.0
+    mine, other = (torch.load(folder / f"velocity-{which}.pt") for which in ("ours", name))
+    return float((mine - other).abs().max())
+
+
+def median(runs: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def spread(runs: Sequence[dict[str, Any]]) -> float:
+    """How far the times lie apart, as a share of their median; 5 % for a single run."""
+    times = [run["seconds"] for run in runs]
+    return (max(times) - min(times)) / statistics.median(times) if len(times) > 1 else 0.05
+
+
+def figures_of(point: str, runs: Runs) -> list[Figure]:
+    """The lines of one point: what the machine does, what each contender takes, and our share of each peer's."""
+    told = "{}, {} tokens".format(*point.split(":"))
+    computing, reading = median(runs["compute"], "seconds"), median(runs["read"], "seconds")
+    disk_bound = reading > computing
+    bound = "disk-bound" if disk_bound else "compute-bound"
+    figures = [Figure(f"{told}: compute only / read only", f"{computing:.2f} s / {reading:.2f} s, {bound}")]
+    present = [name for name in ("ours", *PEERS) if runs.get(name)]
+    figures += [Figure(f"{told}: {name}", described(runs[name])) for name in present]
+    for name in present[1:]:
+        figures.append(faster(f"{told}: {name} / ours, time", runs["ours"], runs[name], 1.5 if disk_bound else 1.0))
+        ratio = median(runs["ours"], "peak_bytes") / median(runs[name], "peak_bytes")
+        what = f"{told}: ours / {name}, peak memory"
+        figures.append(at_most(what, ratio, 0.5) if disk_bound else Figure(what, ratio))
+    differences = [run["difference"] for name in [*present, "compute"] for run in runs[name]]
+    figures.append(at_most(f"{told}: largest difference of a velocity from ours", max(differences), 0.0))
+    return figures
+
+
+def described(runs: Sequence[dict[str, Any]]) -> str:
+    peak, anonymous, file = (f"{median(runs, f'peak_{kind}bytes') / 2**20:.0f}" for kind in ("", "anonymous_", "file_"))
+    again = f"second {runs[0]['second_seconds']:.2f} s, " if "second_seconds" in runs[0] else ""
+    return (
+        f"{median(runs, 'seconds'):.2f} s ({again}opening {median(runs, 'open_seconds'):.2f} s), "
+        f"peak {peak} MiB (anonymous {anonymous}, file {file})"
+    )
+
+
+def faster(what: str, ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, Any]], target: float) -> Figure:
+    """Peer's time / ours. Short of the target by less than the runs differ among themselves: noise."""
+    ratio = median(peer, "seconds") / median(ours, "seconds")
+    figure = at_least(what, ratio, target)
+    if not figure.met and ratio >= target * (1 - max(spread(ours), spread(peer))):
+        return Figure(f"{what} (within noise)", ratio, "", figure.target)
+    return figure
+
+
+def plot(found: dict[str, Runs], path: Path) -> None:
+    """Seconds over tokens per model, and below it the memory at each model's fewest tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(point.split(":")[0] for point in found))
+    colours = dict(zip(("ours", *PEERS, "compute", "read"), pyplot.get_cmap("tab10").colors, strict=False))
+    figure, axes = pyplot.subplots(2, len(models), figsize=(3.9 * len(models), 6.4), squeeze=False)
+    for column, model in enumerate(models):
+        points = {int(point.split(":")[1]): runs for point, runs in found.items() if point.split(":")[0] == model}
+        top, below = axes[:, column]
+        for name in ("ours", *PEERS, "compute", "read"):
+            line = [(tokens, median(runs[name], "seconds")) for tokens, runs in points.items() if runs.get(name)]
+            if line:
+                style = {"marker": "o", "linestyle": ":" if name in ("compute", "read") else "-"}
+                top.plot(*zip(*line, strict=True), color=colours[name], label=name, markersize=4, **style)
+        top.set_xscale("log", base=2)
+        top.set_yscale("log")
+        top.set_xticks(list(points), [str(tokens) for tokens in points])
+        top.set_title(f"{model}: seconds of a cold forward", fontsize=9, loc="left")
+        top.set_xlabel("image tokens", fontsize=8)
+        top.legend(fontsize=7)
+        tokens, runs = min(points.items())
+        names = [name for name in ("ours", *PEERS) if runs.get(name)]
+        for shift, (kind, shade) in enumerate((("", 1.0), ("anonymous_", 0.65), ("file_", 0.35))):
+            heights = [median(runs[name], f"peak_{kind}bytes") / 2**20 for name in names]
+            places = [index + (shift - 1) * 0.27 for index in range(len(names))]
+            bars = below.bar(places, heights, 0.25, color=[colours[name] for name in names], alpha=shade)
+            below.bar_label(bars, fmt="%.0f", fontsize=6)
+        below.set_xticks(range(len(names)), names)
+        below.set_title(f"{model}, {tokens} tokens: peak MiB resident, anonymous, file", fontsize=9, loc="left")
+    for axis in axes.flat:
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("folder", type=Path, help="where models and DiffSynth are made and kept (11 GB)")
+    arguments.add_argument("--points", nargs="+", default=POINTS, help="MODEL:TOKENS, tokens 32, 256 or 1024")
+    arguments.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--ram", default="least", help="our budget; the least that works by default")
+    arguments.add_argument("--io", default="auto", help="how we read")
+    arguments.add_argument("--limit", help="of a memory group around every contender, for example 3GiB")
+    arguments.add_argument("--device", default="cpu", help="tried on the CPU only")
+    arguments.add_argument("--threads", type=int, default=os.cpu_count())
+    options = arguments.parse_args()
+    peers = list(options.peers)
+    if "diffusers" in peers and options.device == "cpu":
+        peers.remove("diffusers")
+        print("diffusers' group offloading is left out: it refuses to work without an accelerator", file=sys.stderr)
+    prepare(options.folder, list(dict.fromkeys(point.split(":")[0] for point in options.points)), peers)
+    found = {point: measure(point, ["ours", *peers, "compute", "read"], options) for point in options.points}
+    figures = [figure for point, runs in found.items() for figure in figures_of(point, runs)]
+    groups = {run["group"] for runs in found.values() for run in runs["ours"]}
+    figures.append(Figure("contenders in", ", ".join(sorted(groups))))
+    finish("peers", figures, options, {"runs": found})
+    if options.save:
+        plot(found, RESULTS / "peers.png")
+
+
+if __name__ == "__main__":
+    main()
