@@ -6,8 +6,9 @@ branch of batch 1. A kernel's own scratch, weights, and what the allocator round
 
     state       L (D e + 4 head width)                    token stream, RoPE table (complex64): lives all step
     block       L D e + 2 L G e                           attention result, keys and values of a head group
-                + weights of the group + the larger of a projected slice and an attended slice,
-                or L D e + an output slice, or the feed-forward's slice
+                + the larger of a projected slice and an attended slice,
+                or L D e + an output slice, or the feed-forward's slice;
+                beside any of them the scratch of converted weights, or slices in int8
     prelude     a strip of patches: pixels, patches, embedded rows; or making the RoPE table
     epilogue    `decoder_memory`
 """
@@ -31,29 +32,33 @@ def state_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
     return tokens * (config.dim * itemsize + config.head_dim // 2 * 8)
 
 
+def group_weight_bytes(config: ModelConfig, sizes: SliceSizes, itemsize: int) -> int:
+    """The rows of qkv that one head group needs, converted: they are held together."""
+    return 3 * min(sizes.heads, config.n_heads) * config.head_dim * config.dim * itemsize
+
+
 def block_bytes(
-    config: ModelConfig, tokens: int, sizes: SliceSizes, itemsize: int, *, stored_itemsize: int, dequantize_bytes: int
+    config: ModelConfig, tokens: int, sizes: SliceSizes, itemsize: int, *, scratch_bytes: int, int8_bytes: int = 0
 ) -> int:
     """Most bytes alive beside the state while a block updates it in slices.
 
-    stored_itemsize: of the qkv weight in the checkpoint; another than `itemsize` means that a head group's
-    rows are converted. dequantize_bytes: what `Linear.forward` takes for the rows of a weight that it
-    converts at a time (0 where the weights are stored in the activations' dtype).
+    scratch_bytes: of converted weights; 0 where they are stored in the activations' dtype, or none is converted.
+    int8_bytes: `int8_matmul.working_bytes` where INT8 weights are multiplied in integers: then a slice of
+    tokens stands in int8 too. 0 where they are not.
     """
     dim, e = config.dim, itemsize
     group = min(sizes.heads, config.n_heads) * config.head_dim
     slice_tokens, queries = min(sizes.tokens, tokens), min(sizes.queries, tokens)
     result, row = tokens * dim * e, slice_tokens * dim * e
-    converted = 0 if stored_itemsize == e else 3 * group * dim * e
-    attention = 2 * tokens * group * e + converted
-    attention += max(_project_bytes(slice_tokens, dim, group, e), _attend_bytes(queries, group, sizes, config, e))
-    if converted:
-        # Of the last of q, k, v: fp32 values and fp32 products, then products and result.
-        attention = max(attention, 2 * tokens * group * e + 2 * converted // 3 + 8 * group * dim)
-    output = 3 * row + dequantize_bytes
     hidden = slice_tokens * config.ffn_dim * e
-    feed_forward = row + max(2 * hidden, hidden + row) + dequantize_bytes
-    return max(result + attention, result + output, feed_forward)
+    narrow, wide = (row // e, hidden // e) if int8_bytes else (0, 0)
+    project = _project_bytes(slice_tokens, dim, group, e) + narrow
+    multiply = row + narrow + 3 * slice_tokens * group * e + int8_bytes
+    attend = _attend_bytes(queries, group, sizes, config, e)
+    attention = result + 2 * tokens * group * e + max(project, multiply, attend)
+    output = result + max(3 * row, row + narrow + int8_bytes)
+    feed_forward = row + int8_bytes + max(2 * hidden + narrow, hidden + wide + row)
+    return scratch_bytes + max(attention, output, feed_forward)
 
 
 def _project_bytes(tokens: int, dim: int, group: int, e: int) -> int:

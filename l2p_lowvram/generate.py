@@ -91,6 +91,7 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
                 plan = run.pipe.choose_slices(_work(run, settings))
             if not options.quiet:
                 say(f"plan: {plan}")
+                say(f"compute: {run.pipe.compute.told()}")
             start_device_peak(run.pipe.device)
             written = make_pictures(run, settings)
             run.seconds["total"] = time.perf_counter() - started
@@ -155,6 +156,7 @@ def _load(order: Order, prompt_cache: bool | Path | None) -> L2PPipeline:
             dtype=None if options.dtype == "auto" else options.dtype,
             prompt_cache=prompt_cache,
             bf16_timestep=options.bf16_timestep,
+            compute=options.compute,
             vram=options.vram,
             ram=options.ram,
             pin=options.pin,
@@ -207,6 +209,7 @@ def resolve_settings(run: Run) -> metadata.RunSettings:
         device=str(pipe.device),
         noise_device=str(pipe.device) if options.noise_device == "device" else "cpu",
         bf16_timestep=options.bf16_timestep,
+        compute=pipe.compute.name,
     )
 
 
@@ -331,6 +334,7 @@ def make_report(
         "prompt": shared.pop("prompt"),
         "negative_prompt": shared.pop("negative_prompt"),
         "settings": shared,
+        "compute": {"name": run.pipe.compute.name, "reason": run.pipe.compute.reason},
         "model": dict(run.pipe.identity),
         "versions": metadata.versions(),
         "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},

@@ -11,12 +11,16 @@ once more gives W back.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .int8_matmul import Int8Matmul, QuantizedRows, multiply, quantize_rows
+from .scratch import Scratch
 
 REGULAR, SYLVESTER = "regular", "sylvester"
 
@@ -25,10 +29,11 @@ CPU_SLICE_BYTES = 4 << 20
 DEVICE_SLICE_BYTES = 16 << 20
 
 
-def converted_bytes(device: torch.device, itemsize: int) -> int:
-    """Most bytes that a layer takes for the rows it converts at a time: fp32 values, fp32 products, the result."""
+def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
+    """Most bytes of scratch that layers take for the rows they convert: of one slice values and rotated values
+    in fp32, and the result of a slice, or of the `held` bytes that `Linear.rows` keeps converted."""
     nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
-    return 2 * nbytes + nbytes * itemsize // 4
+    return 2 * nbytes + max(nbytes * itemsize // 4, held)
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,11 @@ class Rotation:
         """The (group, group) fp32 matrix H: symmetric, orthogonal, its own inverse."""
         return hadamard(self.group, self.kind, torch.device("cpu"))
 
-    def apply(self, x: Tensor) -> Tensor:
-        """x (..., K) with every run of `group` columns multiplied by H, in fp32."""
-        blocks = x.float().unflatten(-1, (-1, self.group))
-        return (blocks @ hadamard(self.group, self.kind, x.device)).flatten(-2)
+    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x (..., K) with every run of `group` columns multiplied by H, in fp32; into `out` where given."""
+        blocks = x.float().reshape(-1, self.group)
+        target = None if out is None else out.view(-1, self.group)
+        return torch.mm(blocks, hadamard(self.group, self.kind, x.device), out=target).view(x.shape)
 
 
 @lru_cache(maxsize=16)
@@ -116,6 +122,9 @@ class Linear(nn.Module):
     weight_scale: None or fp32 of any shape `expand_scale` takes.
     rotation: how the stored weight is rotated along K, or None.
     full_precision_matmul: the file asks that activations are never quantised here.
+    int8_matmul: what multiplies in integers where the weight allows it (`takes_int8`); None: the weight is
+        dequantised. Only for layers of many rows.
+    scratch: where converted rows of the weight pass through.
     """
 
     weight: nn.Parameter
@@ -131,6 +140,8 @@ class Linear(nn.Module):
         self.register_buffer("weight_scale", None)
         self.rotation: Rotation | None = None
         self.full_precision_matmul = False
+        self.int8_matmul: Int8Matmul | None = None
+        self.scratch = Scratch()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,6 +158,18 @@ class Linear(nn.Module):
         self.weight_scale = scale.float()
         self.rotation = rotation
 
+    @property
+    def takes_int8(self) -> bool:
+        """Whether the weight can be multiplied in integers: INT8, each row under one scale, and the file allows it."""
+        scale, columns = self.weight_scale, self.in_features
+        if self.weight.dtype != torch.int8 or scale is None or self.full_precision_matmul:
+            return False
+        return scale_block(tuple(scale.shape), self.out_features, columns)[1] == columns
+
+    @property
+    def multiplies_int8(self) -> bool:
+        return self.int8_matmul is not None and self.takes_int8
+
     def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
         """The weight (N, K)[rows] in `dtype`; scaling and un-rotation happen in fp32.
 
@@ -154,22 +177,91 @@ class Linear(nn.Module):
         """
         if self.weight_scale is None:
             return self.weight[rows].to(dtype)
-        weight = self.weight[rows].float() * expand_scale(self.weight_scale, *self.weight.shape, span=rows)
-        if self.rotation is not None:
-            weight = self.rotation.apply(weight)
-        return weight.to(dtype)
+        count = len(range(*rows.indices(self.out_features)))
+        out = torch.empty(count, self.in_features, dtype=dtype, device=self.weight.device)
+        return self._convert_into(out, rows)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor) -> Tensor | QuantizedRows:
+        """x (..., K) as `forward` reads it: to be shared with other layers that read the same x."""
+        return quantize_rows(x, self.rotation) if self.multiplies_int8 else x
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        if self.multiplies_int8:
+            return self._multiply_int8(x, slice(None))
+        if isinstance(x, QuantizedRows):
+            x = x.source
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight_scale is None and self.weight.dtype == x.dtype:
             return F.linear(x, self.weight, bias)
+        # Autograd keeps what it multiplied with: nothing that the next slice overwrites.
+        keeps = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         # A few rows at a time: the weight never stands dequantised as a whole, and on a CPU the
         # slice is still in the cache when it is multiplied.
         result = x.new_empty(*x.shape[:-1], self.out_features)
-        for start in range(0, self.out_features, self._slice_rows(x.device)):
-            rows = slice(start, start + self._slice_rows(x.device))
-            result[..., rows] = F.linear(x, self.dequantized(x.dtype, rows), None if bias is None else bias[rows])
+        step = self._slice_rows(x.device)
+        for start in range(0, self.out_features, step):
+            rows = slice(start, min(start + step, self.out_features))
+            count = rows.stop - rows.start
+            weight = self.dequantized(x.dtype, rows) if keeps else self._convert_into(self._take(count, x.dtype), rows)
+            result[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
         return result
+
+    def rows(self, parts: Sequence[slice], dtype: torch.dtype) -> list[Callable[[Tensor | QuantizedRows], Tensor]]:
+        """For each of `parts`, rows of the weight: x, of `dtype` and as from `read`, -> x W[part]^T. No bias.
+
+        Converted rows are converted here, once for many x, and stand in the scratch until another layer, or
+        this one, converts something.
+        """
+        if self.multiplies_int8:
+            return [partial(self._multiply_int8, rows=part) for part in parts]
+        if self.weight_scale is None and self.weight.dtype == dtype:
+            return [partial(F.linear, weight=self.weight[part]) for part in parts]
+        counts = [len(range(*part.indices(self.out_features))) for part in parts]
+        held = self._take(sum(counts), dtype).split(counts)
+        return [
+            partial(F.linear, weight=self._convert_into(weight, part)) for weight, part in zip(held, parts, strict=True)
+        ]
+
+    def _multiply_int8(self, x: Tensor | QuantizedRows, rows: slice) -> Tensor:
+        if not isinstance(x, QuantizedRows) or x.rotation != self.rotation:
+            x = quantize_rows(x if isinstance(x, Tensor) else x.source, self.rotation)
+        assert self.int8_matmul is not None
+        assert self.weight_scale is not None
+        scale = expand_scale(self.weight_scale, *self.weight.shape, span=rows)
+        return multiply(self.int8_matmul, x, self.weight[rows], scale, None if self.bias is None else self.bias[rows])
+
+    def _take(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return self.scratch.take("weight", (rows, self.in_features), dtype, self.weight.device)
+
+    def _convert_into(self, out: Tensor, rows: slice) -> Tensor:
+        """out := the weight's rows (n, K) in out's dtype, a slice at a time."""
+        start, stop, _ = rows.indices(self.out_features)
+        step = self._slice_rows(out.device)
+        for first, piece in zip(range(start, stop, step), out.split(step), strict=True):
+            self._convert_slice(piece, slice(first, min(first + step, stop)))
+        return out
+
+    def _convert_slice(self, out: Tensor, rows: slice) -> None:
+        """out := these rows; what is fp32 in between stands in the scratch."""
+        stored = self.weight[rows]
+        if self.weight_scale is None:
+            out.copy_(stored)
+            return
+        scale = expand_scale(self.weight_scale, *self.weight.shape, span=rows)
+        if stored.device.type != "cpu" and stored.dtype == torch.int8 and self.rotation is None:
+            # One kernel: it multiplies in fp32 and rounds as it writes. On a CPU it would make copies inside.
+            torch.mul(stored, scale, out=out)
+            return
+        plain = self.rotation is None and out.dtype == torch.float32
+        values = (out if plain else self._take_fp32("values", stored.shape)).copy_(stored).mul_(scale)
+        if self.rotation is not None:
+            target = out if out.dtype == torch.float32 else self._take_fp32("turned", stored.shape)
+            values = self.rotation.apply(values, target)
+        if values.dtype != out.dtype:
+            out.copy_(values)
+
+    def _take_fp32(self, name: str, shape: torch.Size) -> Tensor:
+        return self.scratch.take(name, shape, torch.float32, self.weight.device)
 
     def _slice_rows(self, device: torch.device) -> int:
         """Rows that are dequantised at a time."""

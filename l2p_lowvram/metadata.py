@@ -32,7 +32,7 @@ class RunSettings:
     """Everything besides the model that decides the pixels of one picture.
 
     shift is None where `sigmas` (without the final 0) say everything. dtype and devices as torch
-    spells them: "bfloat16", "cuda:0".
+    spells them: "bfloat16", "cuda:0". compute: what multiplied INT8 weights, "dequant" or "int8".
     """
 
     prompt: str
@@ -49,6 +49,7 @@ class RunSettings:
     device: str
     noise_device: str
     bf16_timestep: bool
+    compute: str = "dequant"
 
     def with_seed(self, seed: int) -> RunSettings:
         return replace(self, seed=seed)
@@ -133,6 +134,7 @@ def settings_record(settings: RunSettings) -> dict[str, object]:
         "device": settings.device,
         "noise_device": settings.noise_device,
         "bf16_timestep": settings.bf16_timestep,
+        "compute": settings.compute,
     }
 
 

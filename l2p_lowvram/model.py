@@ -35,7 +35,9 @@ from .config import (
     ModelConfig,
 )
 from .decoder import LocalDecoder
+from .int8_matmul import Int8Matmul
 from .linear import Linear, RMSNorm
+from .scratch import Scratch
 
 # (q, k, v), each (B, H, L, D) -> (B, H, L, D)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -153,13 +155,13 @@ class SelfAttention(nn.Module):
         dim, width = x.shape[-1], x.shape[-1] // self.n_heads
         # Rows of the fused projection: first those of q, then k's, then v's.
         rows = [slice(part * dim + columns.start, part * dim + columns.stop) for part in range(3)]
-        wq, wk, wv = (self.qkv.dequantized(x.dtype, part) for part in rows)
+        to_q, to_k, to_v = self.qkv.rows(rows, x.dtype)
 
         def project(x: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
-            h = prepare(x)
-            q = rotate(self.q_norm(F.linear(h, wq).unflatten(-1, (-1, width))), rope).flatten(-2)
-            k = rotate(self.k_norm(F.linear(h, wk).unflatten(-1, (-1, width))), rope).flatten(-2)
-            return q, k, F.linear(h, wv)
+            h = self.qkv.read(prepare(x))
+            q = rotate(self.q_norm(to_q(h).unflatten(-1, (-1, width))), rope).flatten(-2)
+            k = rotate(self.k_norm(to_k(h).unflatten(-1, (-1, width))), rope).flatten(-2)
+            return q, k, to_v(h)
 
         slices.tokenwise(project, (x, rope), qkv)
         q, k, v = (tensor.unflatten(-1, (-1, width)).transpose(1, 2) for tensor in qkv)
@@ -176,9 +178,12 @@ class FeedForward(nn.Module):
         self.w3 = Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.silu(self.w1(x))
+        read = self.w1.read(x)
+        hidden = F.silu(self.w1(read))
         # The widest tensors of the model: no third one for the product where autograd does not need all.
-        return self.w2(hidden * self.w3(x) if torch.is_grad_enabled() else hidden.mul_(self.w3(x)))
+        hidden = hidden * self.w3(read) if torch.is_grad_enabled() else hidden.mul_(self.w3(read))
+        del read
+        return self.w2(hidden)
 
 
 class TransformerBlock(nn.Module):
@@ -198,6 +203,16 @@ class TransformerBlock(nn.Module):
         self.ffn_norm1 = RMSNorm(dim, NORM_EPS)
         self.ffn_norm2 = RMSNorm(dim, NORM_EPS)
         self.adaLN_modulation = nn.Sequential(Linear(config.timestep_dim, 4 * dim)) if modulated else None
+        Scratch().share(self)
+
+    def use_int8(self, matmul: Int8Matmul | None) -> None:
+        """Multiply attention's and feed-forward's INT8 weights with INT8 activations; None: dequantise them.
+
+        adaLN never: it computes on one row, and on what every token depends on.
+        """
+        for layer in (self.attention.qkv, self.attention.out, *self.feed_forward.children()):
+            assert isinstance(layer, Linear)
+            layer.int8_matmul = matmul
 
     def forward(
         self,
@@ -354,6 +369,14 @@ class L2PTransformer(nn.Module):
         self.context_refiner = self._blocks(config.n_context_refiner, modulated=False)
         self.layers = self._blocks(config.n_layers, modulated=True)
         self.local_decoder = LocalDecoder(config.decoder, dim)
+        self.scratch = Scratch()
+        self.scratch.share(self)
+
+    def use_int8(self, matmul: Int8Matmul | None) -> None:
+        """`TransformerBlock.use_int8` of every block. Embedders and timestep are never multiplied in INT8."""
+        for blocks in (self.noise_refiner, self.context_refiner, self.layers):
+            for _, block in self._numbered(blocks):
+                block.use_int8(matmul)
 
     def _blocks(self, count: int, *, modulated: bool) -> nn.ModuleList:
         return nn.ModuleList(TransformerBlock(self.config, modulated=modulated) for _ in range(count))

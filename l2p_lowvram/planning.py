@@ -15,6 +15,7 @@ import torch
 from offload import BudgetError, Rates, ResidencyPlan, Tier, format_bytes
 from offload.residency import predict_stall
 
+from .compute import AUTO, INT8
 from .config import ModelConfig
 from .devices import DTYPES
 from .model_weights import LOCAL_DECODER, visit_seconds
@@ -34,7 +35,8 @@ _LARGEST_SIDE = 65_536
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a run is to do. Sizes in pixels; dtype as "bf16", "fp16" or "fp32"."""
+    """What a run is to do. Sizes in pixels; dtype as "bf16", "fp16" or "fp32". int8: whether INT8 weights may be
+    multiplied in integers."""
 
     width: int
     height: int
@@ -42,11 +44,13 @@ class PlanRequest:
     cfg_scale: float
     pictures: int
     dtype: str
+    int8: bool = False
 
     def work(self, width: int | None = None, height: int | None = None) -> PictureWork:
         kind = DTYPES[self.dtype]
         size = (self.width if width is None else width, self.height if height is None else height)
-        return PictureWork(*size, self.pictures, self.cfg_scale != 1, _PROMPT_TOKENS, kind)
+        guided = self.cfg_scale != 1
+        return PictureWork(*size, self.pictures, guided, _PROMPT_TOKENS, kind, int8=self.int8)
 
 
 @dataclass(frozen=True)
@@ -308,9 +312,15 @@ def _seconds(seconds: float) -> str:
 
 
 def make_plan(
-    files: ModelFiles, profile: DeviceProfile, options: MemoryOptions, request: dict[str, int | float | None]
+    files: ModelFiles,
+    profile: DeviceProfile,
+    options: MemoryOptions,
+    request: dict[str, int | float | None],
+    compute: str = AUTO,
 ) -> RunPlan:
     """Plan a run. request: width, height, steps, cfg_scale and pictures; None takes the model's default.
+
+    compute: as for `L2PPipeline`; "auto" counts with INT8 on a card, which may be chosen there.
 
     Raises CheckpointError, ValueError.
     """
@@ -318,6 +328,7 @@ def make_plan(
     try:
         defaults = planner.config.defaults
         chosen = {name: getattr(defaults, name, 1) if value is None else value for name, value in request.items()}
-        return planner.plan(PlanRequest(**chosen, dtype=profile.dtype))  # type: ignore[arg-type]
+        int8 = compute == INT8 or (compute == AUTO and not profile.is_cpu)
+        return planner.plan(PlanRequest(**chosen, dtype=profile.dtype, int8=int8))  # type: ignore[arg-type]
     finally:
         planner.close()

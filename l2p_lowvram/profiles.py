@@ -157,17 +157,18 @@ def _flops(device: torch.device, dtype: torch.dtype) -> float:
     tokens, width, hidden = (256 if device.type == "cpu" else 4096), 3840, 10240
     x = torch.randn(tokens, width, device=device).to(dtype)
     weight = torch.randn(hidden, width, device=device).to(dtype)
-    best = min(_seconds(lambda: torch.nn.functional.linear(x, weight), device) for _ in range(5))
+    best = min(run_seconds(lambda: torch.nn.functional.linear(x, weight), device) for _ in range(5))
     return 2 * tokens * width * hidden / best
 
 
 def _link_rate(device: torch.device) -> float:
     source = torch.empty(64 << 20, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(source, device=device)
-    return source.nbytes / min(_seconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(5))
+    return source.nbytes / min(run_seconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(5))
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def run_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of `work`, with all that it queued on `device`."""
     started = time.perf_counter()
     work()
     if device.type != "cpu":

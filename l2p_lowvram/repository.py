@@ -24,7 +24,7 @@ from .model_weights import StreamedWeights
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import Streamer
 from .text import PromptTokenizer
-from .weights import build_transformer, check_scales
+from .weights import build_transformer, check_scales, int8_layers
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "assets"
@@ -35,12 +35,13 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class OpenedTransformer:
-    """A model without weights, and what lends them to it."""
+    """A model without weights, and what lends them to it. int8_layers: as `weights.int8_layers` counts them."""
 
     transformer: L2PTransformer
     weights: StreamedWeights
     identity: dict[str, object]
     warnings: tuple[str, ...]
+    int8_layers: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ModelFiles:
             raise
         transformer = build_transformer(layout)
         weights = StreamedWeights(transformer, layout, checkpoint, streamer)
-        return OpenedTransformer(transformer, weights, identity, layout.warnings)
+        return OpenedTransformer(transformer, weights, identity, layout.warnings, int8_layers(layout))
 
     def check_width(self, features: int) -> None:
         """Raise ValueError unless the model reads text features of that width (headers only)."""

@@ -35,6 +35,11 @@ class LinearQuantization:
     full_precision_matmul: bool = False
 
     @property
+    def by_row(self) -> bool:
+        """Whether every row has a single scale."""
+        return self.block[1] == self.shape[1]
+
+    @property
     def granularity(self) -> str:
         """What shares a scale: "tensor", "row" or "block N"."""
         if self.block == self.shape:

@@ -86,6 +86,7 @@ class StreamedTextEncoder:
                         progress(done, len(self._blocks))
             finally:
                 stream.close()
+                self._model.scratch.release()
         with torch.inference_mode(False):
             return [x.clone() for x, _, _ in states]
 

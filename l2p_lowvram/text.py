@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .config import TextEncoderConfig
 from .linear import Linear, RMSNorm
+from .scratch import Scratch
 
 MAX_TOKENS = 512
 
@@ -168,6 +169,8 @@ class TextEncoder(nn.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers - 1))
+        self.scratch = Scratch()
+        self.scratch.share(self)
 
     def blocks(self) -> list[EncoderBlock]:
         return [EncoderBlock(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from . import activations, linear
+from . import activations, int8_matmul, linear
 from .config import IMAGE_CHANNELS, ModelConfig
 from .decoder_memory import choose_plan
 from .decoder_plan import DecoderJob, DecoderPlan, overhead
@@ -40,7 +40,8 @@ _PATCH_ROWS_PIXELS = 4 << 20
 @dataclass(frozen=True)
 class PictureWork:
     """What a run computes on: the size of its pictures, how many of them, whether each has a second, guiding
-    branch, and the longest caption's tokens (pads included). keys: of `SliceSizes`, given by the device."""
+    branch, and the longest caption's tokens (pads included). keys: of `SliceSizes`, given by the device. int8:
+    whether INT8 weights may be multiplied in integers."""
 
     width: int
     height: int
@@ -49,6 +50,7 @@ class PictureWork:
     caption_tokens: int
     dtype: torch.dtype
     keys: int | None = None
+    int8: bool = False
 
     @property
     def branches(self) -> int:
@@ -111,8 +113,12 @@ def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling, *
     e, tokens, sizes = work.dtype.itemsize, work.tokens(config), tiling.sizes
     states = work.branches * activations.state_bytes(config, tokens, e)
     captions = work.branches * activations.state_bytes(config, padded_length(work.caption_tokens), e)
-    converted = linear.converted_bytes(torch.device("cpu" if on_cpu else "cuda"), e)
-    block = activations.block_bytes(config, tokens, sizes, e, stored_itemsize=1, dequantize_bytes=converted)
+    device = torch.device("cpu" if on_cpu else "cuda")
+    held = activations.group_weight_bytes(config, sizes, e)
+    converted = linear.converted_bytes(device, e, held)
+    working = int8_matmul.working_bytes(device, min(sizes.tokens, tokens), config.ffn_dim) if work.int8 else 0
+    # Even with INT8 arithmetic some layers may be dequantised: the file's own wish, or what it left in floats.
+    block = activations.block_bytes(config, tokens, sizes, e, scratch_bytes=converted, int8_bytes=working)
     prelude = activations.prelude_bytes(config, work.width, work.height, sizes, e) + converted
     epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, e, on_cpu=on_cpu)
     if on_cpu:

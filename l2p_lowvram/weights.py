@@ -18,6 +18,8 @@ from .model import L2PTransformer
 from .naming import SCALE
 from .sources import LinearQuantization
 
+_INT8_LAYERS = ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
 
 def build_transformer(layout: ModelLayout) -> L2PTransformer:
     """The model on the meta device: it knows how its weights are stored, and has none."""
@@ -34,6 +36,14 @@ def mark_quantized(model: nn.Module, quantized: Mapping[str, LinearQuantization]
         assert isinstance(linear, Linear)
         linear.rotation = quantization.rotation
         linear.full_precision_matmul = quantization.full_precision_matmul
+
+
+def int8_layers(layout: ModelLayout) -> int:
+    """How many layers of the blocks are stored so that they may be multiplied in integers."""
+    return sum(
+        name.endswith(_INT8_LAYERS) and entry.dtype == "I8" and entry.by_row and not entry.full_precision_matmul
+        for name, entry in layout.quantized.items()
+    )
 
 
 def load_transformer(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from l2p_lowvram import __version__, cli, images, order, user_input
 from l2p_lowvram.cli import main
+from l2p_lowvram.compute import Compute
 from l2p_lowvram.config import DecoderConfig, DecoderLevel, ModelConfig, SamplingDefaults
 from l2p_lowvram.errors import NonFiniteError, is_out_of_memory
 from l2p_lowvram.streaming import MemoryOptions
@@ -55,6 +56,7 @@ class FakePipeline:
         self.model, self.options = model, options
         self.config, self.device = CONFIG, torch.device("cpu")
         self.dtype = options["dtype"] or torch.float32
+        self.compute = Compute("dequant", None, "as planned")
         self.identity = {"file": "fake.safetensors", "bytes": 1, "header_sha256": "ab" * 32, "family": "1K"}
         self.warnings: tuple[str, ...] = ()
         self.on_progress: Any = None
@@ -170,6 +172,7 @@ def test_the_pipeline_gets_features_and_settings_once(
         capsys,
         *("-n", "blurry", "-W", "64", "-H", "16", "--steps", "2", "--cfg-scale", "1.5", "--shift", "2"),
         *("--seed", "1", "2", "--dtype", "fp32", "--device", "cpu", "--bf16-timestep"),
+        *("--compute", "int8"),
         *("--vram", "6GiB", "--ram", "500MB", "--pin", "0", "--io", "direct", "--slots", "4"),
     )
 
@@ -184,6 +187,7 @@ def test_the_pipeline_gets_features_and_settings_once(
         "dtype": "fp32",
         "prompt_cache": True,
         "bf16_timestep": True,
+        "compute": "int8",
         "vram": 6 << 30,
         "ram": 500_000_000,
         "pin": 0,

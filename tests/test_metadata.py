@@ -32,6 +32,7 @@ SETTINGS = RunSettings(
     device="cpu",
     noise_device="cpu",
     bf16_timestep=False,
+    compute="int8",
 )
 
 
@@ -116,6 +117,7 @@ def test_the_record_holds_what_it_takes_to_repeat_the_run() -> None:
         "device": "cpu",
         "noise_device": "cpu",
         "bf16_timestep": False,
+        "compute": "int8",
         "seed": 7,
         "model": IDENTITY,
         "versions": {"l2p_lowvram": __version__, "torch": str(torch.__version__)},

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from l2p_lowvram import activations
 from l2p_lowvram.config import ModelConfig
 from l2p_lowvram.families import PUBLISHED
-from l2p_lowvram.linear import CPU_SLICE_BYTES, Linear, Rotation
+from l2p_lowvram.int8_matmul import Int8Matmul, by_int_mm, in_fp32, working_bytes
+from l2p_lowvram.linear import CPU_SLICE_BYTES, Linear, Rotation, converted_bytes, hadamard
 from l2p_lowvram.model import Block, Caption, L2PTransformer, Slices, State, TransformerBlock
 from l2p_lowvram.quantization import Scheme
 from l2p_lowvram.sampling import model_time
@@ -186,17 +187,26 @@ COUNTED = [
 
 
 def counted_block(
-    config: ModelConfig, tokens: int, sizes: SliceSizes, dtype: torch.dtype, *, int8: bool = False
+    config: ModelConfig,
+    tokens: int,
+    sizes: SliceSizes,
+    dtype: torch.dtype,
+    *,
+    int8: bool = False,
+    rotation: Rotation | None = None,
+    matmul: Int8Matmul | None = None,
 ) -> tuple[int, int]:
     """(bytes of the state, most bytes beside it while a block runs), on tensors without data."""
     with torch.device("meta"):
         module = TransformerBlock(config, modulated=True)
+    hadamard.cache_clear()  # neither a real one in the fake mode, nor the other way round
     with torch.inference_mode(), FakeTensorMode(), LiveBytes() as live:
         for name, parameter in list(module.named_parameters()):
             bind(module, name, torch.empty(parameter.shape, dtype=dtype))
         for linear in (m for m in module.modules() if isinstance(m, Linear) and m.bias is None and int8):
             rows, columns = linear.weight.shape
-            linear.quantize_(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1))
+            linear.quantize_(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1), rotation)
+        module.use_int8(matmul)
         before = live.restart()
         x = torch.empty(1, tokens, config.dim, dtype=dtype)
         rope = torch.empty(tokens, config.head_dim // 2, dtype=torch.complex64)
@@ -204,6 +214,7 @@ def counted_block(
         embedding = torch.empty(1, config.timestep_dim, dtype=dtype)
         state = State(x, rope, embedding, Caption(x[:, :0], rope[:0]), joined=True)
         Block("layers.0", module, joint=True).visit(state, slices=sizes.slices())
+    hadamard.cache_clear()
     return held - before, live.peak - held
 
 
@@ -215,20 +226,38 @@ def test_the_predicted_bytes_of_a_block_are_the_counted_ones(tokens: int, sizes:
     state, beside = counted_block(config, tokens, sizes, dtype)
 
     assert activations.state_bytes(config, tokens, e) == state
-    predicted = activations.block_bytes(config, tokens, sizes, e, stored_itemsize=e, dequantize_bytes=0)
+    predicted = activations.block_bytes(config, tokens, sizes, e, scratch_bytes=0)
     assert predicted == pytest.approx(beside, rel=0.05)
 
 
-@pytest.mark.parametrize(("tokens", "sizes"), COUNTED[:2])
-def test_the_predicted_bytes_with_int8_weights_are_the_counted_ones(tokens: int, sizes: SliceSizes):
+@pytest.mark.parametrize(("tokens", "sizes"), COUNTED[:3])
+@pytest.mark.parametrize("rotation", [None, Rotation(256)], ids=["plain", "rotated"])
+def test_the_predicted_bytes_with_int8_weights_are_the_counted_ones(
+    tokens: int, sizes: SliceSizes, rotation: Rotation | None
+):
     config = PUBLISHED["1k"]
 
-    _, beside = counted_block(config, tokens, sizes, torch.bfloat16, int8=True)
+    _, beside = counted_block(config, tokens, sizes, torch.bfloat16, int8=True, rotation=rotation)
 
-    # Rows of a weight in fp32, and their product with the scale.
-    rows = 2 * CPU_SLICE_BYTES
-    predicted = activations.block_bytes(config, tokens, sizes, 2, stored_itemsize=1, dequantize_bytes=rows)
+    held = activations.group_weight_bytes(config, sizes, 2)
+    scratch = converted_bytes(torch.device("cpu"), 2, held) - (0 if rotation else CPU_SLICE_BYTES)
+    predicted = activations.block_bytes(config, tokens, sizes, 2, scratch_bytes=scratch)
     assert predicted == pytest.approx(beside, rel=0.05)
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [COUNTED[0], COUNTED[1]])
+@pytest.mark.parametrize("rotation", [None, Rotation(256)], ids=["plain", "rotated"])
+@pytest.mark.parametrize("matmul", [in_fp32, by_int_mm])
+def test_int8_arithmetic_keeps_to_its_predicted_bytes(
+    tokens: int, sizes: SliceSizes, rotation: Rotation | None, matmul: Int8Matmul
+):
+    config = PUBLISHED["1k"]
+
+    _, beside = counted_block(config, tokens, sizes, torch.bfloat16, int8=True, rotation=rotation, matmul=matmul)
+
+    working = working_bytes(torch.device("cpu"), min(sizes.tokens, tokens), config.ffn_dim)
+    predicted = activations.block_bytes(config, tokens, sizes, 2, scratch_bytes=0, int8_bytes=working)
+    assert 0.8 * predicted <= beside <= 1.02 * predicted
 
 
 def test_no_block_holds_anything_of_tokens_times_tokens():

@@ -1,0 +1,159 @@
+"""What multiplies INT8 weights: dequantised weights, or integers by the best kernel that this device has.
+
+Kernels are tried before they are believed: one whose sums are not the exact integers is out (oneDNN's saturates,
+silently, on CPUs without VNNI), and `auto` takes INT8 only where it was seen to be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .int8_matmul import Int8Matmul, by_int_mm, by_onednn, in_fp32
+from .linear import Linear
+from .profiles import run_seconds
+
+AUTO, DEQUANT, INT8 = "auto", "dequant", "int8"
+COMPUTE_CHOICES = (AUTO, DEQUANT, INT8)
+# By which INT8 must win before `auto` takes it: it costs accuracy.
+MARGIN = 1.1
+# Rows that kernels are measured on: a picture of 512 x 512 with patches of 16.
+_MEASURED_TOKENS = 1024
+_CHECKED_ROWS = 64
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Compute:
+    """name: "dequant" or "int8". matmul: of INT8, None for dequant. reason: how it came to that, for people."""
+
+    name: str
+    matmul: Int8Matmul | None
+    reason: str
+
+    def told(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+DEQUANTISED = Compute(DEQUANT, None, "nothing else was asked for")
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Of the linear layer that stands for all of a model's."""
+
+    columns: int
+    outputs: int
+
+
+def choose_compute(asked: str, device: torch.device, dtype: torch.dtype, size: LayerSize) -> Compute:
+    """asked: one of COMPUTE_CHOICES. size: of the layer to measure. Measures once per process, for some tens of
+    milliseconds on a card; on a CPU without VNNI, where `auto` dequantises, never.
+
+    Raises ValueError for an unknown choice.
+    """
+    if asked not in COMPUTE_CHOICES:
+        raise ValueError(f"compute must be one of {', '.join(COMPUTE_CHOICES)}, got {asked!r}")
+    if asked == DEQUANT:
+        return Compute(DEQUANT, None, "as asked for")
+    kernels = fast_kernels(device)
+    if not kernels:
+        reason = f"no INT8 kernel for {_named(device)}"
+        return Compute(DEQUANT, None, reason) if asked == AUTO else Compute(INT8, in_fp32, f"as asked for; {reason}")
+    best = _fastest(tuple(kernels), device, dtype, size)
+    if best.kernel is None:
+        told = f"no kernel computes right here: {best.note}"
+        return Compute(DEQUANT, None, told) if asked == AUTO else Compute(INT8, in_fp32, f"as asked for; {told}")
+    told = f"{best.kernel} is {best.ratio:.2f} x as fast as dequant"
+    if asked == AUTO and best.ratio < MARGIN:
+        return Compute(DEQUANT, None, f"measured: {told}, less than {MARGIN:g} x")
+    return Compute(INT8, kernels[best.kernel], f"{'measured' if asked == AUTO else 'as asked for'}: {told}")
+
+
+def without_int8(asked: str) -> tuple[Compute, tuple[str, ...]]:
+    """The choice for a model that has no layer for INT8, and what to warn of. Raises ValueError as above."""
+    if asked not in COMPUTE_CHOICES:
+        raise ValueError(f"compute must be one of {', '.join(COMPUTE_CHOICES)}, got {asked!r}")
+    reason = "no layer of this file can be multiplied in INT8"
+    warning = f"compute {INT8} has no effect: {reason}"
+    return Compute(DEQUANT, None, reason), (warning,) if asked == INT8 else ()
+
+
+def fast_kernels(device: torch.device) -> Mapping[str, Int8Matmul]:
+    """Kernels that may be faster than dequantised weights on a device, by name; none where there are none."""
+    if device.type == "cuda":
+        return {"torch._int_mm": by_int_mm}
+    if device.type == "cpu" and has_vnni():
+        return {"oneDNN": by_onednn, "torch._int_mm": by_int_mm}
+    return {}
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies int8 in vectors."""
+    # Names torch keeps private; without them dequantised weights are always right.
+    checks = ("_is_vnni_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def _named(device: torch.device) -> str:
+    return "a CPU without VNNI" if device.type == "cpu" else f"device {device.type}"
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """kernel: the fastest that computes right, None where none does. ratio: dequant's seconds over its. note: on
+    those that do not."""
+
+    kernel: str | None
+    ratio: float
+    note: str = ""
+
+
+@lru_cache
+def _fastest(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, size: LayerSize) -> _Measured:
+    kernels, failures = fast_kernels(device), []
+    layer, x = _layer_and_input(size, device, dtype)
+    found: dict[str, float] = {}
+    with torch.inference_mode():
+        plain = layer_seconds(layer, x, None)
+        for name in names:
+            if (failure := check_kernel(kernels[name], layer.weight)) is None:
+                found[name] = layer_seconds(layer, x, kernels[name])
+            else:
+                failures.append(f"{name} {failure}")
+    if not found:
+        return _Measured(None, 0.0, ", ".join(failures))
+    best = min(found, key=lambda name: found[name])
+    return _Measured(best, plain / found[best])
+
+
+def _layer_and_input(size: LayerSize, device: torch.device, dtype: torch.dtype) -> tuple[Linear, Tensor]:
+    # A generator of its own: whoever draws random numbers here gets those they would have got.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (size.outputs, size.columns), dtype=torch.int8, generator=generator)
+    with torch.device("meta"):
+        layer = Linear(size.columns, size.outputs, bias=False)
+    layer.quantize_(weight.to(device), torch.rand(size.outputs, 1, generator=generator).to(device))
+    return layer, torch.randn(1, _MEASURED_TOKENS, size.columns, generator=generator).to(device, dtype)
+
+
+def check_kernel(kernel: Int8Matmul, weight: Tensor) -> str | None:
+    """What is wrong with a kernel's sums for `weight` (N, K) int8; None where they are the exact ones."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(-127, 128, (_CHECKED_ROWS, weight.shape[1]), dtype=torch.int8, generator=generator)
+    q = rows.to(weight.device)
+    try:
+        same = torch.equal(kernel(q, weight).float(), in_fp32(q, weight).float())
+    except (RuntimeError, NotImplementedError) as error:
+        return f"fails ({str(error).splitlines()[0]:.120})"
+    return None if same else "gives wrong sums"
+
+
+def layer_seconds(layer: Linear, x: Tensor, matmul: Int8Matmul | None) -> float:
+    """The best of a few runs of `layer` on x with a kernel, or dequantised, once warm."""
+    layer.int8_matmul = matmul
+    return min(run_seconds(lambda: layer(x), x.device) for _ in range(_ROUNDS + 1))

@@ -1,0 +1,149 @@
+"""W8A8: activations quantised per token as they come, multiplied with INT8 weights in integers.
+
+    x W^T  ~  (q_x q_w^T) * scale_x * scale_w,    q_x = round(x / scale_x),  scale_x = absmax of the token / 127
+
+Sums of products of int8 are integers, so every kernel that is right gives the same bits; they differ in speed
+alone. A token's quantisation depends on no other token, so slices of tokens have the bits of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Of activations on their way to int8, and of one tile of sums, in fp32 or int32.
+CPU_SLICE_BYTES = 4 << 20
+DEVICE_SLICE_BYTES = 16 << 20
+# q (M, K), w (N, K), both int8 -> q w^T (M, N) in int32, or in fp32 rounded once.
+Int8Matmul = Callable[[Tensor, Tensor], Tensor]
+
+_LEVELS = 127
+_SMALLEST_SCALE = 1e-30
+# Sums of so many products of int8 stay below 2^24, where fp32 holds every integer.
+_EXACT_COLUMNS = 1024
+# torch._int_mm on CUDA: more than 16 rows, columns and outputs in multiples of 8. On the CPU it takes anything.
+_INT_MM_ROWS, _INT_MM_MULTIPLE = 17, 8
+_PADDED_ROWS = 32
+_MIDDLE = 128
+
+
+class Rotates(Protocol):
+    """A rotation of columns. Two that are equal rotate alike."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (M, K), rotated, in fp32."""
+
+
+def slice_bytes(device: torch.device) -> int:
+    return CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
+
+
+def working_bytes(device: torch.device, tokens: int, widest: int) -> int:
+    """Most bytes alive beside inputs, their int8 values and outputs, of layers with up to `widest` columns or
+    outputs: four slices (`in_fp32` is the worst: both factors, a part of the sums, and their total)."""
+    return 4 * min(slice_bytes(device), 4 * tokens * max(widest, _EXACT_COLUMNS))
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """values (M, K) int8, scale (M, 1) fp32: together the rows of `source` (..., K), rotated by `rotation`."""
+
+    values: Tensor
+    scale: Tensor
+    source: Tensor
+    rotation: Rotates | None
+
+
+def quantize_rows(x: Tensor, rotation: Rotates | None = None) -> QuantizedRows:
+    """x (..., K) as int8, a scale per row: absmax / 127, rounded half to even. A row that is not finite has a
+    scale that is not, and makes outputs that are not.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    values = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows.shape[0], 1, dtype=torch.float32, device=x.device)
+    step = max(slice_bytes(x.device) // (4 * rows.shape[1]), 1)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        piece = rows[part] if rotation is None else rotation.apply(rows[part])
+        low, high = piece.aminmax(dim=-1, keepdim=True)
+        scale[part] = torch.maximum(high, -low)
+        scale[part] = scale[part].div_(_LEVELS).clamp_(min=_SMALLEST_SCALE)
+        values[part] = torch.div(piece, scale[part]).round_()
+    return QuantizedRows(values, scale, x, rotation)
+
+
+def multiply(matmul: Int8Matmul, x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the dtype of x's source, (..., N); scales and bias are applied in fp32.
+
+    weight (N, K) int8; scale (1, 1) or (N, 1) fp32. A tile of outputs at a time, so that sums and their scaled
+    values stay within `working_bytes`.
+    """
+    count, outputs = x.values.shape[0], weight.shape[0]
+    result = torch.empty(count, outputs, dtype=x.source.dtype, device=weight.device)
+    height = min(count, slice_bytes(weight.device) // (4 * _EXACT_COLUMNS))
+    width = max(slice_bytes(weight.device) // (4 * max(height, 1)) // 64, 1) * 64
+    for start in range(0, outputs, width):
+        columns = slice(start, start + width)
+        factor = (scale if scale.shape[0] == 1 else scale[columns]).T
+        added = None if bias is None else bias[columns].float()
+        for top in range(0, count, height):
+            rows = slice(top, top + height)
+            sums = matmul(x.values[rows], weight[columns])
+            _scale_into(result[rows, columns], sums, x.scale[rows], factor, added)
+            del sums  # before the next tile's exist
+    return result.view(*x.source.shape[:-1], outputs)
+
+
+def _scale_into(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor, bias: Tensor | None) -> None:
+    """out := sums * row_scale * factor + bias, in fp32 until it is written."""
+    scaled = torch.mul(sums, row_scale)
+    if bias is None:
+        torch.mul(scaled, factor, out=out)
+    else:
+        out.copy_(scaled.mul_(factor).add_(bias))
+
+
+def in_fp32(q: Tensor, w: Tensor) -> Tensor:
+    """The reference, for every device: sums of 1024 columns in fp32, which are exact, added in int32."""
+
+    def part(start: int) -> Tensor:
+        columns = slice(start, start + _EXACT_COLUMNS)
+        return F.linear(q[:, columns].float(), w[:, columns].float()).int()
+
+    total = part(0)
+    for start in range(_EXACT_COLUMNS, q.shape[1], _EXACT_COLUMNS):
+        total.add_(part(start))
+    return total
+
+
+def int_mm_fits(rows: int, columns: int, outputs: int) -> bool:
+    """Whether `torch._int_mm` takes (rows, columns) times (columns, outputs) on CUDA."""
+    return rows >= _INT_MM_ROWS and columns % _INT_MM_MULTIPLE == 0 and outputs % _INT_MM_MULTIPLE == 0
+
+
+def by_int_mm(q: Tensor, w: Tensor) -> Tensor:
+    """cuBLASLt's int8 kernel. Too few rows are padded; sizes that it does not take go through fp32."""
+    rows = q.shape[0]
+    if rows < _INT_MM_ROWS:
+        q = F.pad(q, (0, 0, 0, _PADDED_ROWS - rows))
+    if not int_mm_fits(q.shape[0], *w.T.shape):
+        return in_fp32(q[:rows], w)
+    # A view: the kernel wants the second factor column by column, which is how the weight lies.
+    return torch._int_mm(q, w.t())[:rows]
+
+
+def by_onednn(q: Tensor, w: Tensor) -> Tensor:
+    """oneDNN's int8 kernel, for CPUs with VNNI. Activations go in as uint8 around 128, since its kernel for
+    int8 activations hung. Without VNNI it saturates at 16 bits, silently."""
+    ops: Any = torch.ops.onednn
+    packed = ops.qlinear_prepack(w, list(q.shape))
+    shifted = q.view(torch.uint8).bitwise_xor(_MIDDLE)
+    ones, zeros = torch.ones(w.shape[0]), torch.zeros(w.shape[0], dtype=torch.int64)
+    output = (1.0, 0, torch.float32, "none", [], "")
+    result: Tensor = ops.qlinear_pointwise(shifted, 1.0, _MIDDLE, packed, ones, zeros, None, *output)
+    return result
