@@ -15,8 +15,9 @@ vary little). `peer_contenders.py` says how each is set up, and that all of them
 `compute` (weights in memory before the clock starts) and `read` (the blocks read, nothing computed) say how much of
 a forward is which: a point where reading takes longer than computing is disk-bound. Targets there: at least 1.5
 times as fast as each peer, with at most half its memory; elsewhere never slower. A time within the runs' own spread
-of the target is called noise, not met. Velocities must agree to the bit; where they do not, the largest difference is
-told. --limit puts every contender into a memory group. DiffSynth is installed into FOLDER without its dependencies.
+of the target is called noise, not met; it is not judged where other programs computed beside the runs. Velocities
+must agree to the bit; where they do not, the largest difference is told. --limit puts every contender into a memory
+group. DiffSynth is installed into FOLDER without its dependencies. FOLDER/runs.json grows with every point.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ POINTS = ["full:32", "mid:32", "mid:256", "mid:1024", "narrow:32", "narrow:256",
 PEERS = ["hand", "accelerate", "diffsynth", "diffusers"]
 DIFFSYNTH = "diffsynth==2.1.12"
 LONG = 256
+# Processor time of other programs beside a forward, as a share of its own: above it a ratio is told, not judged.
+DISTURBED = 0.1
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -141,6 +144,9 @@ def faster(what: str, ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, A
     """Peer's time / ours. Short of the target by less than the runs differ among themselves: noise."""
     ratio = median(peer, "seconds") / median(ours, "seconds")
     figure = at_least(what, ratio, target)
+    shares = [run["others_seconds"] / run["cpu_seconds"] for run in (*ours, *peer)]
+    if statistics.median(shares) > DISTURBED:
+        return Figure(f"{what} (disturbed: other programs were computing)", ratio, "", figure.target)
     if not figure.met and ratio >= target * (1 - max(spread(ours), spread(peer))):
         return Figure(f"{what} (within noise)", ratio, "", figure.target)
     return figure
@@ -203,7 +209,11 @@ def main() -> None:
         peers.remove("diffusers")
         print("diffusers' group offloading is left out: it refuses to work without an accelerator", file=sys.stderr)
     prepare(options.folder, list(dict.fromkeys(point.split(":")[0] for point in options.points)), peers)
-    found = {point: measure(point, ["ours", *peers, "compute", "read"], options) for point in options.points}
+    found: dict[str, Runs] = {}
+    for point in options.points:
+        found[point] = measure(point, ["ours", *peers, "compute", "read"], options)
+        # A long run that is broken off leaves what it has.
+        (options.folder / "runs.json").write_text(json.dumps(found))
     figures = [figure for point, runs in found.items() for figure in figures_of(point, runs)]
     groups = {run["group"] for runs in found.values() for run in runs["ours"]}
     figures.append(Figure("contenders in", ", ".join(sorted(groups))))
