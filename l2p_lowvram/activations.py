@@ -1,10 +1,11 @@
 """Peak activation bytes of a denoising step from sizes alone: what a plan counts with before anything runs.
 
 Letters: L tokens of a branch (image and caption, pads included), D token width, G = heads x head width of one
-head group, F feed-forward width, T and Q tokens and queries of one slice, e bytes of an element. All for one
-branch of batch 1. A kernel's own scratch, weights, and what the allocator rounds up are not in here.
+head group, F feed-forward width, T and Q tokens and queries of one slice, e bytes of an element, r of one of the
+token stream, which is wider for fp16. All for one branch of batch 1. A kernel's own scratch, weights, and what the
+allocator rounds up are not in here.
 
-    state       L (D e + 4 head width)                    token stream, RoPE table (complex64): lives all step
+    state       L (D r + 4 head width)                    token stream, RoPE table (complex64): lives all step
     block       L D e + 2 L G e                           attention result, keys and values of a head group
                 + the larger of a projected slice and an attended slice,
                 or L D e + an output slice, or the feed-forward's slice;
@@ -38,27 +39,36 @@ def group_weight_bytes(config: ModelConfig, sizes: SliceSizes, itemsize: int) ->
 
 
 def block_bytes(
-    config: ModelConfig, tokens: int, sizes: SliceSizes, itemsize: int, *, scratch_bytes: int, int8_bytes: int = 0
+    config: ModelConfig,
+    tokens: int,
+    sizes: SliceSizes,
+    itemsize: int,
+    *,
+    scratch_bytes: int,
+    int8_bytes: int = 0,
+    stream_itemsize: int | None = None,
 ) -> int:
     """Most bytes alive beside the state while a block updates it in slices.
 
+    itemsize: of what attention and feed-forward compute in. stream_itemsize: of the state; None: the same.
     scratch_bytes: of converted weights; 0 where they are stored in the activations' dtype, or none is converted.
     int8_bytes: `int8_matmul.working_bytes` where INT8 weights are multiplied in integers: then a slice of
     tokens stands in int8 too. 0 where they are not.
     """
-    dim, e = config.dim, itemsize
+    dim, e, r = config.dim, itemsize, stream_itemsize or itemsize
     group = min(sizes.heads, config.n_heads) * config.head_dim
     slice_tokens, queries = min(sizes.tokens, tokens), min(sizes.queries, tokens)
-    result, row = tokens * dim * e, slice_tokens * dim * e
+    result, row, wide_row = tokens * dim * e, slice_tokens * dim * e, slice_tokens * dim * r
+    widened = 0 if r == e else wide_row
     hidden = slice_tokens * config.ffn_dim * e
-    narrow, wide = (row // e, hidden // e) if int8_bytes else (0, 0)
-    project = _project_bytes(slice_tokens, dim, group, e) + narrow
-    multiply = row + narrow + 3 * slice_tokens * group * e + int8_bytes
+    row8, hidden8 = (row // e, hidden // e) if int8_bytes else (0, 0)
+    project = max(_project_bytes(slice_tokens, dim, group, e) + row8, 2 * wide_row)
+    multiply = row + row8 + 3 * slice_tokens * group * e + int8_bytes
     attend = _attend_bytes(queries, group, sizes, config, e)
     attention = result + 2 * tokens * group * e + max(project, multiply, attend)
-    output = result + max(3 * row, row + narrow + int8_bytes)
-    feed_forward = row + int8_bytes + max(2 * hidden + narrow, hidden + wide + row)
-    return scratch_bytes + max(attention, output, feed_forward)
+    output = result + max(3 * wide_row, 2 * row - row * (r == e) + max(row8 + int8_bytes, widened))
+    feed_forward = row + max(2 * hidden + row8 + int8_bytes, hidden + row + max(hidden8 + int8_bytes, widened))
+    return scratch_bytes + max(attention, output, feed_forward, 3 * wide_row)
 
 
 def _project_bytes(tokens: int, dim: int, group: int, e: int) -> int:

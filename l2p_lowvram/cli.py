@@ -197,7 +197,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "bf16", "fp16", "fp32"),
-        help="auto: bf16 where the device computes it natively, else fp32",
+        help="auto: bf16 where the device computes it natively, else fp16 on cards that are fast in it, else fp32",
     )
     model.add_argument(
         "--bf16-timestep", action="store_true", help="round the timestep to bf16 as the original code does"

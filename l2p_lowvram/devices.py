@@ -26,12 +26,15 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype of activations. None or "auto": bf16 where `device` computes it natively, else fp32.
+    """The dtype of activations. None or "auto": bf16 where `device` computes it natively; else fp16 on cards
+    that are fast in it (GTX 16, RTX 20), else fp32.
 
     Raises ValueError for anything but bf16, fp16 and fp32.
     """
     if dtype is None or dtype == "auto":
-        return torch.bfloat16 if computes_bf16(device) else torch.float32
+        if computes_bf16(device):
+            return torch.bfloat16
+        return torch.float16 if fast_in_fp16(device) else torch.float32
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
@@ -39,6 +42,12 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be torch.bfloat16, float16 or float32, got {dtype}")
     return dtype
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of token stream, embedders, text encoder and local decoder, where attention and feed-forward are `dtype`:
+    fp16 is too narrow for them."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @contextmanager
@@ -53,6 +62,11 @@ def full_fp32(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def fast_in_fp16(device: torch.device) -> bool:
+    """Whether a card computes fp16 faster than fp32: from Volta on; those before have hardly any of it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -108,6 +108,24 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
 
 
+# What a product of fp16 rows is scaled down to. fp16 ends at 65,504, while the published model multiplies up to
+# 344,064 (layers.0.feed_forward.w2 reads it); so a layer may still make 4096 times what it reads. What becomes too
+# small for fp16 thereby is under 2^-18 of the row's largest.
+_LARGEST_FP16 = 16
+
+
+def fp16_factor(*rows: Tensor) -> Tensor:
+    """(..., 1) in fp16: the power of two, at most 1, that keeps the product of `rows` (..., K) within 16.
+
+    Exact to multiply with and to divide by, short of what becomes too small for fp16.
+    """
+    bound = torch.ones((), device=rows[0].device)
+    for row in rows:
+        low, high = row.aminmax(dim=-1, keepdim=True)
+        bound = bound * torch.maximum(high, -low).float()
+    return torch.exp2(-(bound / _LARGEST_FP16).log2().ceil().clamp(min=0)).to(torch.float16)
+
+
 class SelfAttention(nn.Module):
     """Self-attention with q/k RMSNorm before RoPE; one fused projection for q, k and v."""
 
@@ -124,18 +142,27 @@ class SelfAttention(nn.Module):
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
         o = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.out(o.transpose(1, 2).flatten(2))
+        return self.project(o.transpose(1, 2).flatten(2))
 
-    def attended(self, x: Tensor, prepare: Callable[[Tensor], Tensor], rope: Tensor, slices: Slices) -> Tensor:
-        """What `out` reads, (B, L, D): all heads side by side, made for a group of heads at a time.
+    def project(self, o: Tensor) -> Tensor:
+        """out(o); in fp32 for fp16, whose sums need not fit."""
+        if o.dtype != torch.float16:
+            return self.out(o)
+        factor = fp16_factor(o)
+        return self.out(o * factor).float().div_(factor)
 
-        x (B, L, D); prepare turns rows of it into what qkv reads. Beside the result there are keys and values
-        of one group: its queries stand where its result will, in the result's columns.
+    def attended(
+        self, x: Tensor, prepare: Callable[[Tensor], Tensor], rope: Tensor, slices: Slices, dtype: torch.dtype
+    ) -> Tensor:
+        """What `out` reads, (B, L, D) of `dtype`: all heads side by side, made for a group of heads at a time.
+
+        x (B, L, D); prepare turns rows of it into what qkv reads, of `dtype`. Beside the result there are keys and
+        values of one group: its queries stand where its result will, in the result's columns.
         """
         batch, length, dim = x.shape
-        result = x.new_empty(batch, length, dim)
+        result = x.new_empty(batch, length, dim, dtype=dtype)
         group = min(slices.heads or self.n_heads, self.n_heads) * (dim // self.n_heads)
-        keys_values = x.new_empty(2, batch, length, group)
+        keys_values = x.new_empty(2, batch, length, group, dtype=dtype)
         for start in range(0, dim, group):
             columns = slice(start, min(start + group, dim))
             k, v = keys_values[..., : columns.stop - start]
@@ -155,7 +182,7 @@ class SelfAttention(nn.Module):
         dim, width = x.shape[-1], x.shape[-1] // self.n_heads
         # Rows of the fused projection: first those of q, then k's, then v's.
         rows = [slice(part * dim + columns.start, part * dim + columns.stop) for part in range(3)]
-        to_q, to_k, to_v = self.qkv.rows(rows, x.dtype)
+        to_q, to_k, to_v = self.qkv.rows(rows, qkv[0].dtype)
 
         def project(x: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
             h = self.qkv.read(prepare(x))
@@ -178,8 +205,16 @@ class FeedForward(nn.Module):
         self.w3 = Linear(dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """In fp32 for fp16, where the product of a row is scaled to fit."""
         read = self.w1.read(x)
         hidden = F.silu(self.w1(read))
+        if x.dtype == torch.float16:
+            other = self.w3(read)
+            del read
+            factor = fp16_factor(hidden, other)
+            hidden = hidden.mul_(other.mul_(factor))
+            del other
+            return self.w2(hidden).float().div_(factor)
         # The widest tensors of the model: no third one for the product where autograd does not need all.
         hidden = hidden * self.w3(read) if torch.is_grad_enabled() else hidden.mul_(self.w3(read))
         del read
@@ -191,6 +226,7 @@ class TransformerBlock(nn.Module):
 
     With `modulated`, scales and tanh gates come from the timestep embedding
     through adaLN; without (context refiner), scale is 1 and gate is 1.
+    narrow: what attention and feed-forward compute in, where that is not the token stream's dtype.
     """
 
     def __init__(self, config: ModelConfig, *, modulated: bool) -> None:
@@ -203,6 +239,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm1 = RMSNorm(dim, NORM_EPS)
         self.ffn_norm2 = RMSNorm(dim, NORM_EPS)
         self.adaLN_modulation = nn.Sequential(Linear(config.timestep_dim, 4 * dim)) if modulated else None
+        self.narrow: torch.dtype | None = None
         Scratch().share(self)
 
     def use_int8(self, matmul: Int8Matmul | None) -> None:
@@ -233,10 +270,11 @@ class TransformerBlock(nn.Module):
         The same operations on the same rows: exact up to the order in which kernels sum for other shapes.
         """
         modulation = self.modulation(timestep_embedding)
-        o = self.attention.attended(x, lambda x: self.attention_input(x, modulation), rope, slices)
+        dtype = self.narrow or x.dtype
+        o = self.attention.attended(x, lambda x: self.attention_input(x, modulation), rope, slices, dtype)
 
         def add_attention(x: Tensor, o: Tensor) -> Tensor:
-            return self.attention_added(x, self.attention.out(o), modulation)
+            return self.attention_added(x, self.attention.project(o), modulation)
 
         slices.tokenwise(add_attention, (x, o), (x,))
         del o
@@ -254,17 +292,20 @@ class TransformerBlock(nn.Module):
 
     def attention_input(self, x: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
         h = self.attention_norm1(x)
-        return h if modulation is None else h * modulation[0]
+        if modulation is not None:
+            h = h * modulation[0]
+        return h.to(self.narrow or x.dtype)
 
     def attention_added(self, x: Tensor, o: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
-        o = self.attention_norm2(o)
+        o = self.attention_norm2(o).to(x.dtype)
         return x + o if modulation is None else x + modulation[1] * o
 
     def feed_forward_added(self, x: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
         h = self.ffn_norm1(x)
         if modulation is not None:
             h = h * modulation[2]
-        h = self.ffn_norm2(self.feed_forward(h))
+        h = h.to(self.narrow or x.dtype)
+        h = self.ffn_norm2(self.feed_forward(h)).to(x.dtype)
         return x + h if modulation is None else x + modulation[3] * h
 
 
@@ -377,6 +418,15 @@ class L2PTransformer(nn.Module):
         for blocks in (self.noise_refiner, self.context_refiner, self.layers):
             for _, block in self._numbered(blocks):
                 block.use_int8(matmul)
+
+    def narrow_blocks(self, dtype: torch.dtype | None) -> None:
+        """Let attention and feed-forward compute in `dtype`, whatever the token stream's is; None: in the stream's.
+
+        For fp16: its token stream, embedders and decoder are fp32, where nothing overflows.
+        """
+        for blocks in (self.noise_refiner, self.context_refiner, self.layers):
+            for _, block in self._numbered(blocks):
+                block.narrow = dtype
 
     def _blocks(self, count: int, *, modulated: bool) -> nn.ModuleList:
         return nn.ModuleList(TransformerBlock(self.config, modulated=modulated) for _ in range(count))

@@ -27,7 +27,7 @@ from offload import parse_bytes
 from . import images, sampling
 from .compute import DEQUANTISED, INT8, Compute, LayerSize, choose_compute, without_int8
 from .config import IMAGE_CHANNELS, ModelConfig
-from .devices import choose_device, choose_dtype, full_fp32
+from .devices import choose_device, choose_dtype, full_fp32, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
 from .model import Caption, L2PTransformer, State, padded_length
 from .model_weights import (
@@ -119,7 +119,8 @@ class L2PPipeline:
         self._finalizer = weakref.finalize(self, _close, self.weights, self.streamer)
         self._notices: list[str] = []
         self._refined: list[tuple[Tensor, Caption]] = []
-        self.dtype = dtype
+        self.dtype, self.stream_dtype = dtype, stream_dtype(dtype)
+        transformer.narrow_blocks(None if dtype == self.stream_dtype else dtype)
         self.bf16_timestep = bf16_timestep
         self.compute = compute
         transformer.use_int8(compute.matmul)
@@ -154,7 +155,8 @@ class L2PPipeline:
         text_encoder, tokenizer: a file or folder each, instead of the model folder's own.
             Without a text encoder the pipeline runs from `prompt_embeds` alone.
         device: "auto" takes CUDA where there is one. dtype: torch dtype, "bf16",
-            "fp16", "fp32", or None for bf16 where the device computes it natively, else fp32.
+            "fp16", "fp32", or None for bf16 where the device computes it natively, else fp16 on cards that are
+            fast in it, else fp32. With fp16, attention and feed-forward alone are fp16, the rest is fp32.
         vram, ram, pin: budgets in bytes or as text ("6GiB"), by default from what is free. vram bounds device
             memory: weights, activations and the device's own share. ram bounds host memory: pinned,
             anonymous, and what is kept cached; on the CPU it bounds everything, and vram is refused.
@@ -196,7 +198,7 @@ class L2PPipeline:
         compute: str = "auto",
     ) -> L2PPipeline:
         """`from_pretrained` once it is known which files make up the model, and who streams them."""
-        encoder = files.text_encoder(streamer, dtype)
+        encoder = files.text_encoder(streamer, stream_dtype(dtype))
         tokenizer = files.tokenizer() if encoder is not None else None
         if encoder is not None:
             files.check_width(encoder.config.hidden_size)
@@ -269,7 +271,7 @@ class L2PPipeline:
         self._interrupted = True
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """prompt -> features (tokens, width) in the pipeline's dtype, on its device.
+        """prompt -> features (tokens, width) in the pipeline's dtype (fp32 for fp16), on its device.
 
         The text encoder's memory is given back before this returns. Raises
         ValueError without a text encoder, NonFiniteError if it overflows.
@@ -286,7 +288,7 @@ class L2PPipeline:
         found = self.prompt_encoder(prompts, self._report("text encoder"))
         if not all(bool(features.isfinite().all()) for features in found):
             raise NonFiniteError("text encoder", hint="try dtype fp32")
-        return [outside_inference_mode(features.to(self.device, self.dtype)) for features in found]
+        return [outside_inference_mode(features.to(self.device, self.stream_dtype)) for features in found]
 
     @torch.inference_mode()
     def __call__(
@@ -369,7 +371,7 @@ class L2PPipeline:
             cfg,
             callback_on_step_end,
         )
-        with full_fp32(self.device, self.dtype):
+        with full_fp32(self.device, self.stream_dtype):
             result = self._denoise(job, tiling)
         seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
         return PipelineOutput(_as_output(result, output_type), seeds, seconds, self._interrupted)
@@ -491,7 +493,7 @@ class L2PPipeline:
         model = self.transformer
         velocity = torch.empty_like(picture)
         size = (picture.shape[-2], picture.shape[-1])
-        read, write = reading(picture, self.device, self.dtype), writing_velocity(velocity)
+        read, write = reading(picture, self.device, self.stream_dtype), writing_velocity(velocity)
         decode_tiled(model.local_decoder, tiling.decoder, size, read, model.feature_map(state, picture), write)
         if not velocity.isfinite().all():
             phase = "local decoder" if state.tokens.isfinite().all() else "transformer"
@@ -574,7 +576,7 @@ class L2PPipeline:
         for item in items:
             if isinstance(item, Tensor):
                 _require_finite(item, "prompt_embeds")
-                known.setdefault(id(item), item.to(self.device, self.dtype))
+                known.setdefault(id(item), item.to(self.device, self.stream_dtype))
         return [known[id(item) if isinstance(item, Tensor) else item] for item in items]
 
     def _cfg_scale(self, value: float | None, negative: Embeds | None) -> float:
@@ -613,7 +615,7 @@ class L2PPipeline:
     def _refine(self, features: Sequence[Tensor]) -> list[Caption]:
         model, visit = self.transformer, self.weights.visit
         with visit(CAPTION_EMBEDDER):
-            captions = [model.embed_caption(item, self.dtype) for item in features]
+            captions = [model.embed_caption(item, self.stream_dtype) for item in features]
         for index, block in enumerate(model.context_refiner):
             with visit(f"context_refiner.{index}"):
                 captions = [replace(caption, tokens=block(caption.tokens, caption.rope, None)) for caption in captions]

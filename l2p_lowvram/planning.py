@@ -17,7 +17,7 @@ from offload.residency import predict_stall
 
 from .compute import AUTO, INT8
 from .config import ModelConfig
-from .devices import DTYPES
+from .devices import DTYPES, stream_dtype
 from .model_weights import LOCAL_DECODER, visit_seconds
 from .profiles import DeviceProfile
 from .repository import ModelFiles
@@ -111,7 +111,7 @@ class Planner:
         options = MemoryOptions(vram, options.ram, options.pin, io, options.slots)
         self._streamer = Streamer(torch.device("cpu" if profile.is_cpu else "cuda"), options)
         self._opened = files.open_transformer(self._streamer)
-        self._encoder = files.text_encoder(self._streamer, DTYPES[profile.dtype])
+        self._encoder = files.text_encoder(self._streamer, stream_dtype(DTYPES[profile.dtype]))
 
     @property
     def config(self) -> ModelConfig:

@@ -16,6 +16,7 @@ from . import activations, int8_matmul, linear
 from .config import IMAGE_CHANNELS, ModelConfig
 from .decoder_memory import choose_plan
 from .decoder_plan import DecoderJob, DecoderPlan, overhead
+from .devices import stream_dtype
 from .model import padded_length
 from .slicing import SliceSizes
 
@@ -51,6 +52,11 @@ class PictureWork:
     dtype: torch.dtype
     keys: int | None = None
     int8: bool = False
+
+    @property
+    def stream_itemsize(self) -> int:
+        """Bytes of an element of token stream, embedders and decoder."""
+        return stream_dtype(self.dtype).itemsize
 
     @property
     def branches(self) -> int:
@@ -93,7 +99,7 @@ def tilings(config: ModelConfig, work: PictureWork) -> Iterator[Tiling]:
     rows = max(1, _PATCH_ROWS_PIXELS // (config.patch_size * work.width))
     for level, (tokens, queries, heads, limit) in enumerate(_CHOICES):
         try:
-            decoder = _decoder_plan(job, limit, work.dtype.itemsize)
+            decoder = _decoder_plan(job, limit, work.stream_itemsize)
         except ValueError:  # no plan is that small
             return
         sizes = SliceSizes(tokens, queries, min(heads, config.n_heads), work.keys, max(rows >> level, 1))
@@ -110,17 +116,19 @@ def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling, *
 
     The states and captions of every branch, and the widest moment of prelude, block and local decoder.
     """
-    e, tokens, sizes = work.dtype.itemsize, work.tokens(config), tiling.sizes
-    states = work.branches * activations.state_bytes(config, tokens, e)
-    captions = work.branches * activations.state_bytes(config, padded_length(work.caption_tokens), e)
+    e, r, tokens, sizes = work.dtype.itemsize, work.stream_itemsize, work.tokens(config), tiling.sizes
+    states = work.branches * activations.state_bytes(config, tokens, r)
+    captions = work.branches * activations.state_bytes(config, padded_length(work.caption_tokens), r)
     device = torch.device("cpu" if on_cpu else "cuda")
     held = activations.group_weight_bytes(config, sizes, e)
-    converted = linear.converted_bytes(device, e, held)
+    converted = linear.converted_bytes(device, r, held)
     working = int8_matmul.working_bytes(device, min(sizes.tokens, tokens), config.ffn_dim) if work.int8 else 0
     # Even with INT8 arithmetic some layers may be dequantised: the file's own wish, or what it left in floats.
-    block = activations.block_bytes(config, tokens, sizes, e, scratch_bytes=converted, int8_bytes=working)
-    prelude = activations.prelude_bytes(config, work.width, work.height, sizes, e) + converted
-    epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, e, on_cpu=on_cpu)
+    block = activations.block_bytes(
+        config, tokens, sizes, e, scratch_bytes=converted, int8_bytes=working, stream_itemsize=r
+    )
+    prelude = activations.prelude_bytes(config, work.width, work.height, sizes, r) + converted
+    epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, r, on_cpu=on_cpu)
     if on_cpu:
         epilogue += int(epilogue * _CPU_CONVOLUTION_SHARE)
     peak = states + captions + max(block, prelude, epilogue)

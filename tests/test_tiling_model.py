@@ -195,14 +195,16 @@ def counted_block(
     int8: bool = False,
     rotation: Rotation | None = None,
     matmul: Int8Matmul | None = None,
+    narrow: torch.dtype | None = None,
 ) -> tuple[int, int]:
     """(bytes of the state, most bytes beside it while a block runs), on tensors without data."""
     with torch.device("meta"):
         module = TransformerBlock(config, modulated=True)
+    module.narrow = narrow
     hadamard.cache_clear()  # neither a real one in the fake mode, nor the other way round
     with torch.inference_mode(), FakeTensorMode(), LiveBytes() as live:
         for name, parameter in list(module.named_parameters()):
-            bind(module, name, torch.empty(parameter.shape, dtype=dtype))
+            bind(module, name, torch.empty(parameter.shape, dtype=narrow or dtype))
         for linear in (m for m in module.modules() if isinstance(m, Linear) and m.bias is None and int8):
             rows, columns = linear.weight.shape
             linear.quantize_(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1), rotation)
@@ -258,6 +260,18 @@ def test_int8_arithmetic_keeps_to_its_predicted_bytes(
     working = working_bytes(torch.device("cpu"), min(sizes.tokens, tokens), config.ffn_dim)
     predicted = activations.block_bytes(config, tokens, sizes, 2, scratch_bytes=0, int8_bytes=working)
     assert 0.8 * predicted <= beside <= 1.02 * predicted
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), COUNTED)
+def test_the_predicted_bytes_of_an_fp16_block_in_an_fp32_stream_are_the_counted_ones(tokens: int, sizes: SliceSizes):
+    config = PUBLISHED["1k"]
+
+    state, beside = counted_block(config, tokens, sizes, torch.float32, narrow=torch.float16)
+
+    assert activations.state_bytes(config, tokens, 4) == state
+    # The scratch: adaLN's rows, whose weights are fp16 here.
+    predicted = activations.block_bytes(config, tokens, sizes, 2, scratch_bytes=CPU_SLICE_BYTES, stream_itemsize=4)
+    assert predicted == pytest.approx(beside, rel=0.05)
 
 
 def test_no_block_holds_anything_of_tokens_times_tokens():

@@ -32,3 +32,4 @@ def tokenwise(
         results = (results,) if isinstance(results, Tensor) else results
         for output, result in zip(outputs, results, strict=True):
             output.narrow(axis, start, length).copy_(result)
+        del results, result  # before the next slice's exist
