@@ -273,7 +273,7 @@ def streamed_budget(model: Path, request: Request, arch: Arch, within: int = _HO
 
 
 def _pipeline(model: Path, vram: int, request: Request) -> L2PPipeline:
-    return L2PPipeline.from_streamer(ModelFiles(model), FakeStreamer(vram), request.dtype)
+    return L2PPipeline.from_streamer(ModelFiles(model), FakeStreamer(vram), request.dtype, compute="dequant")
 
 
 def _work(pipe: L2PPipeline, request: Request) -> PictureWork:

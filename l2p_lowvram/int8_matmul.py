@@ -144,6 +144,7 @@ def by_onednn(q: Tensor, w: Tensor) -> Tensor:
     packed = ops.qlinear_prepack(w, list(q.shape))
     shifted = q.view(torch.uint8).bitwise_xor(_MIDDLE)
     ones, zeros = torch.ones(w.shape[0]), torch.zeros(w.shape[0], dtype=torch.int64)
-    output = (1.0, 0, torch.float32, "none", [], "")
-    result: Tensor = ops.qlinear_pointwise(shifted, 1.0, _MIDDLE, packed, ones, zeros, None, *output)
+    result: Tensor = ops.qlinear_pointwise(
+        *(shifted, 1.0, _MIDDLE, packed, ones, zeros, None), *(1.0, 0, torch.float32, "none", [], "")
+    )
     return result

@@ -204,10 +204,11 @@ class L2PPipeline:
             files.check_width(encoder.config.hidden_size)
         opened = files.open_transformer(streamer)
         if opened.int8_layers:
-            config, notes = opened.transformer.config, ()
-            chosen = choose_compute(compute, streamer.device, dtype, LayerSize(config.dim, config.ffn_dim))
+            size = LayerSize(opened.transformer.config.dim, opened.transformer.config.ffn_dim)
+            chosen, notes = choose_compute(compute, streamer.device, dtype, size), opened.warnings
         else:
-            chosen, notes = without_int8(compute)
+            chosen, warned = without_int8(compute)
+            notes = (*opened.warnings, *warned)
         cache = None
         if prompt_cache is not None and prompt_cache is not False:
             cache = PromptCache(None if prompt_cache is True else Path(prompt_cache))
@@ -227,7 +228,7 @@ class L2PPipeline:
             bf16_timestep=bf16_timestep,
             compute=chosen,
             identity=identity,
-            warnings=(*opened.warnings, *notes),
+            warnings=notes,
         )
 
     def close(self) -> None:

@@ -36,4 +36,4 @@ class Scratch:
         """Make this the scratch of every layer in `model` that has one."""
         for module in model.modules():
             if hasattr(module, "scratch"):
-                module.scratch = self
+                module.scratch = self  # type: ignore[assignment]
