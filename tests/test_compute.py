@@ -17,6 +17,7 @@ from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.int8_matmul import Int8Matmul, in_fp32
 from l2p_lowvram.linear import Linear
 from l2p_lowvram.tilings import PictureWork, device_activations, tilings
+from tests import goldens
 
 CPU, SIZE = torch.device("cpu"), LayerSize(64, 96)
 PROMPT = "a large red circle on a blue background, left"
@@ -128,6 +129,15 @@ def test_the_measured_kernel_is_checked_with_sums_that_saturate():
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="compute must be one of auto, dequant, int8, got 'int4'"):
         L2PPipeline.from_pretrained("demo", compute="int4")
+
+
+@pytest.mark.parametrize(("asked", "warned"), [("auto", False), ("int8", True)])
+def test_a_file_without_int8_layers_is_never_multiplied_in_int8(tmp_path: Path, asked: str, warned: bool):
+    path = goldens.write_checkpoint("a_mini", tmp_path)
+
+    with L2PPipeline.from_pretrained(path, dtype="fp32", compute=asked) as pipe:
+        assert pipe.compute == Compute("dequant", None, "no layer of this file can be multiplied in INT8")
+        assert any("compute int8 has no effect" in warning for warning in pipe.warnings) is warned
 
 
 def draw(name: str, dtype: str = "fp32") -> Tensor:
