@@ -98,9 +98,12 @@ def measured(
     python: str = sys.executable,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run a Python script and return the JSON object of its last line, with "group" and "group_peak_bytes" added."""
+    """Run a Python script and return the JSON object of its last line, with "group" and "group_peak_bytes" added.
+
+    OpenMP's threads sleep while they wait, as under the command line.
+    """
     with memory_group(limit) as group:
-        variables = {**os.environ, **(environment or {}), STARTED: str(time.perf_counter())}
+        variables = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **(environment or {}), STARTED: str(time.perf_counter())}
         done = subprocess.run(
             [python, *arguments], stdout=subprocess.PIPE, text=True, env=variables, preexec_fn=group.enter
         )

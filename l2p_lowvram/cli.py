@@ -72,6 +72,9 @@ examples:
 
 def entry() -> NoReturn:
     """The console script."""
+    # Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that
+    # read weights, and lose far more by it than waking up takes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(main())
 
 

@@ -157,13 +157,13 @@ def _parameters(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], set[st
 
     One block of each stack is made and stands for all of them: making all takes longer than reading the header.
     """
-    counts = {
-        "noise_refiner": config.n_noise_refiner,
-        "context_refiner": config.n_context_refiner,
-        "layers": config.n_layers,
-    }
+    noise, context, layers = config.n_noise_refiner, config.n_context_refiner, config.n_layers
+    counts = {"noise_refiner": noise, "context_refiner": context, "layers": layers}
+    one_each = replace(
+        config, n_noise_refiner=min(noise, 1), n_context_refiner=min(context, 1), n_layers=min(layers, 1)
+    )
     with torch.device("meta"):
-        model = L2PTransformer(replace(config, **{f"n_{stack}": min(count, 1) for stack, count in counts.items()}))
+        model = L2PTransformer(one_each)
 
     def spread(name: str) -> Iterator[str]:
         stack, _, rest = name.partition(".0.")

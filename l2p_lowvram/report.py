@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from offload import format_bytes
+from offload.visit_times import COMPUTE_LANE, WAIT_LANE
 
 from .streaming import MemoryOptions, WeightStream
 
@@ -19,7 +20,8 @@ class PhaseFigures:
     visits: of blocks. read_bytes: from files. link_bytes: copied to a device over its link.
     disk_seconds: in which at least one read was under way; disk_rate: read_bytes over them.
     probed_rate: what a short probe saw before; None where none was made.
-    wait_seconds: of the compute, for weights; wait_p50, wait_p95: per visit.
+    compute_seconds: holding weights; on a graphics card, of the card. wait_seconds: of the compute (the card's, where
+    it takes the time), for weights; wait_p50, wait_p95: per visit.
     tiers: how many blocks live where. device_bytes, host_bytes: held by weights as planned. planned_bytes: of
     the device's memory, all included; 0 where nothing is planned.
     """
@@ -50,7 +52,9 @@ def phase_figures(stream: WeightStream) -> PhaseFigures:
     """The figures of an open or closed phase so far."""
     timeline, plan = stream.source.timeline, stream.plan
     disk = timeline.busy_seconds("disk")
-    waits = [span.seconds for span in timeline.lane("wait")]
+    # Where the device times its visits, what the host sees is only the queueing.
+    is_timed = bool(timeline.lane(WAIT_LANE))
+    waits = [span.seconds for span in timeline.lane(WAIT_LANE if is_timed else "wait")]
     tiers = {} if plan is None else {tier.value: plan.count(tier) for tier in sorted(set(plan.tiers.values()))}
     return PhaseFigures(
         phase=stream.work.phase,
@@ -60,7 +64,7 @@ def phase_figures(stream: WeightStream) -> PhaseFigures:
         disk_seconds=disk,
         disk_rate=stream.read_bytes / disk if disk else None,
         probed_rate=stream.io.rate,
-        compute_seconds=timeline.busy_seconds("compute"),
+        compute_seconds=timeline.busy_seconds(COMPUTE_LANE if is_timed else "compute"),
         wait_seconds=sum(waits),
         wait_p50=_percentile(waits, 50),
         wait_p95=_percentile(waits, 95),

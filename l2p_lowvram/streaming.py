@@ -26,6 +26,7 @@ from offload import (
     Checkpoint,
     CpuDevice,
     Device,
+    IoProbe,
     Rates,
     Reader,
     ResidencyPlan,
@@ -54,7 +55,7 @@ _HOST_SLACK = 96 << 20
 _HOST_SPARE = 1 << 30
 # The process's own memory differs a little from run to run; a plan must not.
 _HOST_STEP = 64 << 20
-# The CUDA context, and what cuBLAS and cuDNN take beside torch's allocator. Estimates, not measured here.
+# The CUDA context, and what cuBLAS and cuDNN take beside the tensors. Estimates, not measured here.
 CONTEXT_BYTES = 512 << 20
 WORKSPACE_BYTES = 128 << 20
 _STAGING_BYTES = 64 << 20
@@ -223,7 +224,7 @@ class Streamer:
     options: MemoryOptions = field(default_factory=MemoryOptions)
     streams: list[WeightStream] = field(default_factory=list)
     _past_fallbacks: list[str] = field(default_factory=list)
-    _io: dict[str, IoChoice] = field(default_factory=dict)
+    _probes: dict[str, IoProbe] = field(default_factory=dict)
     _ring_device: Device | None = None
     _process_bytes: int | None = None
 
@@ -235,11 +236,13 @@ class Streamer:
 
     def open(self, model: nn.Module, checkpoint: Checkpoint, work: Work) -> WeightStream:
         """Plan the phase, take its memory, start reading. Raises BudgetError, CheckpointError, OSError."""
-        io = self._choose_io(checkpoint)
+        io = self._choose_io(checkpoint, work)
         if self._computes_mapped(io):
             return self._open_mapped(model, checkpoint, work, io)
         plan = self._plan_with_room(work)
         with ExitStack() as stack:
+            # Entered first, and so called when the ring is closed: the next phase needs other sizes.
+            stack.callback(self.release_cached)
             reader = stack.enter_context(self.open_reader(checkpoint, io.io))
             ring = stack.enter_context(
                 Ring(
@@ -258,9 +261,26 @@ class Streamer:
         self.streams.append(stream)
         return stream
 
+    def reserve(self, segments: Sequence[int]) -> None:
+        """On a card, let torch's allocator have free segments of these bytes, and no others. Else nothing."""
+        if self.device.type == "cuda":
+            reserve = getattr(self.ring_device(), "reserve", None)
+            if reserve is not None:
+                reserve(segments)
+
+    def release_cached(self) -> None:
+        """On a card, give back what torch's allocator holds for nobody. Else nothing."""
+        release = getattr(self._ring_device, "release_cached", None)
+        if release is not None:
+            release()
+
+    def _allocator_limit(self) -> int | None:
+        """What torch's allocator may reserve. Library workspaces are in it: cuBLAS and cuDNN get theirs from there."""
+        return None if self.options.vram is None else max(self.options.vram - CONTEXT_BYTES, 0)
+
     def require_room(self, checkpoint: Checkpoint, work: Work) -> None:
         """Raise BudgetError unless the phase fits, no other being open."""
-        if self._computes_mapped(self._choose_io(checkpoint)):
+        if self._computes_mapped(self._choose_io(checkpoint, work)):
             self._room_for_pages(work, ())
         else:
             self.plan(work)
@@ -332,23 +352,24 @@ class Streamer:
             else:
                 from offload.cuda import CudaDevice
 
-                self._ring_device = CudaDevice(self.device, pin_limit=self.options.pin)
+                limit = self._allocator_limit()
+                self._ring_device = CudaDevice(self.device, pin_limit=self.options.pin, memory_limit=limit, timing=True)
         return self._ring_device
 
-    def _choose_io(self, checkpoint: Checkpoint) -> IoChoice:
-        key = str(checkpoint.files)
-        if key not in self._io:
-            self._io[key] = self._probe(checkpoint)
-        return self._io[key]
-
-    def _probe(self, checkpoint: Checkpoint) -> IoChoice:
+    def _choose_io(self, checkpoint: Checkpoint, work: Work) -> IoChoice:
         if self.options.io != "auto":
             return IoChoice(self.options.io, None, f"{self.options.io}, as asked for")
         size = sum(identity.size for identity in checkpoint.identities.values())
         if size < _PROBED_BYTES:
             return IoChoice("read", None, f"read: {format_bytes(size)} are not worth a probe")
-        found = probe_io(checkpoint, rounds=3, round_bytes=8 << 20)
-        return IoChoice(found.io, found.rates[found.io], found.reason)
+        key = str(checkpoint.files)
+        if key not in self._probes:
+            self._probes[key] = probe_io(checkpoint, rounds=3, round_bytes=8 << 20)
+        probe, cores = self._probes[key], torch.get_num_threads()
+        # On a graphics card reading takes nothing away from computing.
+        compute = sum(work.seconds.values()) / cores if self.device.type == "cpu" else 0.0
+        io = probe.choose(sum(block.nbytes for block in work.blocks), compute, cores)
+        return IoChoice(io, probe.rates[io], probe.told(io))
 
     def _host_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
         """On the CPU: one budget for everything."""

@@ -17,15 +17,28 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload.devices import Counter, Courier, CourierThread, Event, HostCounter, Stream, Wait, Worker
+from offload.devices import (
+    Counter,
+    Courier,
+    CourierThread,
+    Event,
+    HostCounter,
+    NoTimer,
+    Stream,
+    VisitTimer,
+    Wait,
+    Worker,
+)
 from offload.pinned import PinnedArena, cuda_registration, system_pin_limit
 from offload.sizes import format_bytes
+from offload.timeline import Timeline
+from offload.visit_times import EventTimer
 
 _SLOT_ALIGNMENT = 256
 # The few kernels of a copy stream, casts, decide when a block is ready; copies know no priority.
@@ -35,9 +48,12 @@ _HIGH_PRIORITY = -1
 class CudaDevice:
     """A card, its compute stream being the calling thread's current one.
 
-    pin_limit: the most host bytes to page-lock; None asks the system. timing: let events take the time,
-    for a report; they cost more then. Copies from memory that is not pinned work, but block the courier
+    pin_limit: the most host bytes to page-lock; None asks the system. timing: time visits on the card,
+    for a report. Copies from memory that is not pinned work, but block the courier
     and overlap nothing: `pageable_copies` and `pageable_bytes` count them, `fallbacks` says why.
+
+    memory_limit: bytes that torch's caching allocator may reserve on the card in this process until `close`;
+    before it takes more it gives back what it holds for nobody, and then it fails. None: as it is set.
 
     Owns the pinned memory until `close`; device memory belongs to whoever holds the tensors.
     runtime: what is used of torch.cuda; another one, with its own arena, only in tests.
@@ -51,6 +67,7 @@ class CudaDevice:
         device: torch.device | str = "cuda",
         *,
         pin_limit: int | None = None,
+        memory_limit: int | None = None,
         timing: bool = False,
         arena: PinnedArena | None = None,
         runtime: Any = None,
@@ -68,6 +85,9 @@ class CudaDevice:
         self._arena = arena or PinnedArena(
             cuda_registration(self.device), limit=system_pin_limit() if pin_limit is None else pin_limit
         )
+        self._former_fraction: float | None = None
+        if memory_limit is not None:
+            self._limit_memory(memory_limit)
         self._copy_streams: weakref.WeakSet[_CudaStream] = weakref.WeakSet()
 
     @property
@@ -96,8 +116,11 @@ class CudaDevice:
 
     def new_event(self) -> Event:
         # Blocking: the courier sleeps while it waits for a copy, where spinning would take a core from the reads.
-        event: Event = self._runtime.Event(enable_timing=self._timing, blocking=True)
+        event: Event = self._runtime.Event(blocking=True)
         return event
+
+    def visit_timer(self, timeline: Timeline) -> VisitTimer:
+        return EventTimer(self._runtime, timeline, self.device) if self._timing else NoTimer()
 
     def new_counter(self) -> Counter:
         return HostCounter()
@@ -110,6 +133,23 @@ class CudaDevice:
             self._order_after_compute(stream)
         return buffer
 
+    def reserve(self, segments: Sequence[int]) -> None:
+        """Let torch's caching allocator hold free segments of these bytes, and no other free ones.
+
+        It cuts what is asked for later from the smallest segment that has the room, so that segments of the sizes
+        of a whole cycle's work keep it from reserving one more for every size it meets. Where the card has less
+        memory than that, fewer are made.
+        """
+        self.release_cached()
+        held = []
+        with contextlib.suppress(torch.OutOfMemoryError):
+            for nbytes in segments:
+                held.append(self._allocate(nbytes))
+
+    def release_cached(self) -> None:
+        """Give back what the caching allocator holds for nobody."""
+        self._runtime.empty_cache()
+
     def pinned_buffer(self, nbytes: int) -> Tensor:
         return self._arena.buffer(nbytes)
 
@@ -117,8 +157,12 @@ class CudaDevice:
         return CourierThread(self._on_this_device(courier))
 
     def close(self) -> None:
-        """Give the pinned memory back. Every ring on this device must be closed before. May be called twice."""
+        """Give the pinned memory back, and lift the memory limit. Every ring on this device must be closed before.
+        May be called twice."""
         self._arena.close()
+        if self._former_fraction is not None:
+            self._runtime.set_per_process_memory_fraction(self._former_fraction, self.device)
+            self._former_fraction = None
 
     def transfers(self, target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(target, source) pairs that make up one copy, cut where pinned memory ends; counts pageable ones."""
@@ -136,6 +180,13 @@ class CudaDevice:
         for run in runs:
             window = slice(run.offset, run.offset + run.nbytes)
             yield target[window], source[window]
+
+    def _limit_memory(self, nbytes: int) -> None:
+        # Older versions of torch tell no limit; nobody but us sets one in an ordinary program.
+        former = getattr(self._runtime, "get_per_process_memory_fraction", None)
+        self._former_fraction = 1.0 if former is None else former(self.device)
+        total = self._runtime.get_device_properties(self.device).total_memory
+        self._runtime.set_per_process_memory_fraction(min(nbytes / total, 1.0), self.device)
 
     def _count_pageable(self, *sizes: int) -> None:
         self.pageable_copies += len(sizes)

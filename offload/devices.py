@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload.timeline import Timeline
+
 # Slots are aligned for every kernel, staging buffers for direct reads.
 BUFFER_ALIGNMENT = 4096
 _HUGE_PAGE = 2 << 20
@@ -75,6 +77,22 @@ class Worker(Protocol):
         """Return once the courier has ended. It must have been told to, by failing what it waits for."""
 
 
+class VisitTimer(Protocol):
+    """Times what the device does, where the host only queues it."""
+
+    def asked(self, name: str) -> None:
+        """The compute has come to the visit of block `name`."""
+
+    def begun(self) -> None:
+        """It has the weights."""
+
+    def done(self) -> None:
+        """It needs them no longer."""
+
+    def finish(self) -> None:
+        """Tell all; the device is idle."""
+
+
 class Device(Protocol):
     """`reads_into_device`: device buffers are host memory, so files are read into them without staging."""
 
@@ -88,6 +106,9 @@ class Device(Protocol):
     def new_event(self) -> Event: ...
 
     def new_counter(self) -> Counter: ...
+
+    def visit_timer(self, timeline: Timeline) -> VisitTimer:
+        """Adds spans to `timeline`; a NoTimer where what the host sees is all there is."""
 
     def device_buffer(self, nbytes: int) -> Tensor:
         """uint8, its start aligned to at least 256 bytes.
@@ -154,6 +175,18 @@ class CourierThread:
         self._thread.join()
 
 
+class NoTimer:
+    """A VisitTimer that has nothing to tell."""
+
+    def asked(self, name: str) -> None: ...
+
+    def begun(self) -> None: ...
+
+    def done(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
 class _CpuEvent:
     def synchronize(self) -> None:
         """The work was done when it was queued."""
@@ -194,6 +227,9 @@ class CpuDevice:
 
     def new_counter(self) -> Counter:
         return HostCounter()
+
+    def visit_timer(self, timeline: Timeline) -> VisitTimer:
+        return NoTimer()
 
     def device_buffer(self, nbytes: int) -> Tensor:
         return aligned_buffer(nbytes)

@@ -371,19 +371,71 @@ class Reader:
         self.close()
 
 
+# The plainest way first, and how much longer it may take than another. What a short probe on a busy machine
+# says is worth little more; and a mapping of a file that is cut short ends the process.
+_MARGINS = {"read": 1.0, "direct": 1.03, "mmap": 1.3}
+
+
+@dataclass(frozen=True)
+class IoRounds:
+    """One way of reading, timed some rounds. rates: bytes per second; cpu: seconds of processor time per byte."""
+
+    rates: Sequence[float]
+    cpu: Sequence[float]
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+    def seconds(self, rate: float, nbytes: int, compute: float, cores: int) -> float:
+        """To read `nbytes` at `rate` beside computing: whichever is done later, disk or processors."""
+        return max(nbytes / rate, compute + nbytes * statistics.median(self.cpu) / cores)
+
+
 @dataclass(frozen=True)
 class IoProbe:
-    """Which way of reading a file is fastest here, its bytes per second beside the others', and why."""
+    """What each way of reading a file does here, and why some are not available."""
 
-    io: str
-    rates: Mapping[str, float]
-    reason: str
+    ways: Mapping[str, IoRounds]
+    refused: Mapping[str, str]
 
+    @property
+    def io(self) -> str:
+        """The fastest way, nothing else being done."""
+        return self.choose()
 
-# The plainest way first, and by how much another's median has to beat the best before it; in no round may it
-# be slower than that one's best. A short probe on a busy machine is worth little more; and a mapping of a file
-# that is cut short ends the process.
-_MARGINS = {"read": 1.0, "direct": 1.15, "mmap": 1.3}
+    @property
+    def rates(self) -> dict[str, float]:
+        """Bytes per second of each way."""
+        return {io: rounds.rate for io, rounds in self.ways.items()}
+
+    @property
+    def reason(self) -> str:
+        return self.told(self.io)
+
+    def choose(self, nbytes: int = 1 << 30, compute: float = 0.0, cores: int = 1) -> str:
+        """The way that reads `nbytes` soonest beside `compute` seconds of computing on all `cores`.
+
+        What reading takes of the processors is taken from the computing: past the page cache that is far
+        less than through it. A plainer way is kept unless its best round loses to another's worst.
+        """
+        chosen = next(io for io in _MARGINS if io in self.ways)
+        for io, margin in _MARGINS.items():
+            if io in self.ways and io != chosen:
+                one, other = self.ways[chosen], self.ways[io]
+                kept = one.seconds(max(one.rates), nbytes, compute, cores)
+                if margin * other.seconds(min(other.rates), nbytes, compute, cores) < kept:
+                    chosen = io
+        return chosen
+
+    def told(self, io: str) -> str:
+        """Why `io` was chosen, in a line."""
+        measured = ", ".join(
+            f"{name} {rounds.rate / 1e9:.2f} GB/s ({statistics.median(rounds.cpu) * 1e9:.2f} s of processor a GB)"
+            for name, rounds in self.ways.items()
+        )
+        unavailable = "".join(f"; {name} not available: {why}" for name, why in self.refused.items())
+        return f"{io}: {measured}{unavailable}"
 
 
 def probe_io(
@@ -399,7 +451,7 @@ def probe_io(
     and counts: a file that is cached is read fastest through the cache.
     """
     path = max(checkpoint.files, key=lambda file: checkpoint.identities[file].size)
-    rates: dict[str, list[float]] = {}
+    ways: dict[str, IoRounds] = {}
     refused: dict[str, str] = {}
     readers: dict[str, Reader] = {}
     try:
@@ -413,14 +465,16 @@ def probe_io(
         for turn, (offset, nbytes) in enumerate(places):
             io = list(readers)[turn % len(readers)]
             try:
-                rate = _timed_read(readers[io], Extent(path, offset, nbytes, 0), buffer)
-                rates.setdefault(io, []).append(rate)
+                rate, cpu = _timed_read(readers[io], Extent(path, offset, nbytes, 0), buffer)
+                found = ways.get(io, IoRounds((), ()))
+                ways[io] = IoRounds((*found.rates, rate), (*found.cpu, cpu))
             except OSError as error:  # some file systems refuse direct reads only now
                 refused[io] = error.strerror or str(error)
     finally:
         for reader in readers.values():
             reader.close()
-    return _judge({io: found for io, found in rates.items() if io not in refused}, refused)
+    kept = {io: rounds for io, rounds in ways.items() if io not in refused}
+    return IoProbe(MappingProxyType(kept), MappingProxyType(refused))
 
 
 def _places(size: int, count: int, nbytes: int) -> list[tuple[int, int]]:
@@ -429,21 +483,9 @@ def _places(size: int, count: int, nbytes: int) -> list[tuple[int, int]]:
     return [(index * (size - nbytes) // max(count - 1, 1), nbytes) for index in range(count)]
 
 
-def _timed_read(reader: Reader, extent: Extent, buffer: _Bytes) -> float:
-    """Bytes per second."""
-    started = time.perf_counter()
+def _timed_read(reader: Reader, extent: Extent, buffer: _Bytes) -> tuple[float, float]:
+    """Bytes per second, and seconds of processor time per byte, of all threads."""
+    started, worked = time.perf_counter(), time.process_time()
     reader.submit("probe", [extent], torch.from_numpy(buffer)).wait()
-    return extent.nbytes / max(time.perf_counter() - started, 1e-9)
-
-
-def _judge(rounds: Mapping[str, Sequence[float]], refused: Mapping[str, str]) -> IoProbe:
-    """rounds: bytes per second of each round, by way."""
-    rates = {io: statistics.median(found) for io, found in rounds.items()}
-    chosen = next(io for io in _MARGINS if io in rates)
-    for io, margin in _MARGINS.items():
-        if rates.get(io, 0.0) > margin * rates[chosen] and min(rounds[io]) > max(rounds[chosen]):
-            chosen = io
-    measured = ", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items())
-    plainer = "" if rates[chosen] == max(rates.values()) else " (no other is clearly faster)"
-    unavailable = "".join(f"; {name} not available: {why}" for name, why in refused.items())
-    return IoProbe(chosen, MappingProxyType(dict(rates)), f"{chosen}{plainer}: {measured}{unavailable}")
+    seconds, cpu = time.perf_counter() - started, time.process_time() - worked
+    return extent.nbytes / max(seconds, 1e-9), cpu / extent.nbytes

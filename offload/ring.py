@@ -71,7 +71,8 @@ class Ring:
     `once` names blocks visited before the rounds only: prefetched when the courier starts among them,
     skipped by the rounds. `keep_cache`: what was read may stay in the page cache, whatever its tier.
 
-    timeline: when the disk read ("disk"), the caller waited for the courier ("wait") and held a block ("compute").
+    timeline: when the disk read ("disk"), the caller waited for the courier ("wait") and held a block ("compute");
+    on a device that times visits also when it waited ("device wait") and computed ("device compute").
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Ring:
         self._poison = poison
         self._copies = device.new_stream("copy")
         self._computed_on = device.compute_stream()
+        self._timer = device.visit_timer(self.timeline)
         # Before the homes: where pins run short, the buffers that every streamed byte passes come first.
         self._staging = _staging(plan, device)
         self._homes = _homes(blocks, plan, device)
@@ -123,9 +125,11 @@ class Ring:
         if self._closed or self._visiting is not None:
             raise ValueError(f"block {name} cannot be visited: {self._visiting or 'the ring is closed'}")
         asked = time.perf_counter()
+        self._timer.asked(name)
         visit = self._take(self._index[name])
         compute = self._computed_on = self._device.compute_stream()
         self._await_ready(visit, compute)
+        self._timer.begun()
         self._visiting = f"block {name} is being visited"
         self.visits += 1
         lent = time.perf_counter()
@@ -135,6 +139,7 @@ class Ring:
         finally:
             self._visiting = None
             self.timeline.add("compute", name, lent, time.perf_counter())
+            self._timer.done()
             self._release(visit, compute)
 
     @property
@@ -223,6 +228,7 @@ class Ring:
         self._stop()
         # Other streams may still use what is freed here; visits ran on the one they left in `_computed_on`.
         self._computed_on.synchronize()
+        self._timer.finish()
         self._reset(0)
         self._homes, self._slots, self._staging = [], [], []
         self._views.clear()

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from offload.blocks import Extent
-from offload.devices import Cancelled, Counter, Courier, Event, Stream, Worker
-from offload.timeline import Span
+from offload.devices import Cancelled, Counter, Courier, Event, NoTimer, Stream, VisitTimer, Worker
+from offload.timeline import Span, Timeline
 
 # Accesses are looked up by where they lie: buffers are gigabytes, accesses some 10 MB.
 _BUCKET_BYTES = 64 << 20
@@ -140,6 +140,9 @@ class SimulatedAccelerator:
 
     def new_event(self) -> Event:
         return _SimulatedEvent(self)
+
+    def visit_timer(self, timeline: Timeline) -> VisitTimer:
+        return NoTimer()  # the virtual clock has a timeline of its own
 
     def new_counter(self) -> Counter:
         return _SimulatedCounter(self)

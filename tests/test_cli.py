@@ -978,3 +978,17 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
     )
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_leave_the_processor_to_those_that_read(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {} if before is None else {"OMP_WAIT_POLICY": before}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(cli, "main", lambda: 0)
+
+    with pytest.raises(SystemExit):
+        cli.entry()
+
+    assert environment["OMP_WAIT_POLICY"] == after

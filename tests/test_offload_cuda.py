@@ -43,11 +43,18 @@ class FakeEvent:
     def __init__(self, card: "FakeCard", options: dict[str, bool]) -> None:
         self.options = options
         self.point: tuple[FakeStream, int] | None = None
+        self.milliseconds = 0.0
         self._card = card
 
     def synchronize(self) -> None:
         self._card.note("event", "synchronize", self)
         self.reach()
+
+    def query(self) -> bool:
+        return self.point is not None and self.point[0].has_done(self.point[1])
+
+    def elapsed_time(self, later: "FakeEvent") -> float:
+        return later.milliseconds - self.milliseconds
 
     def reach(self) -> None:
         """Do what is queued up to the recorded point."""
@@ -83,6 +90,10 @@ class FakeStream:
     def record_event(self, event: FakeEvent) -> None:
         self._card.note(self.name, "record", event)
         event.point = (self, self._queued)
+        event.milliseconds = self._card.milliseconds
+
+    def has_done(self, count: int) -> bool:
+        return self._done >= count
 
     def wait_event(self, event: FakeEvent) -> None:
         self._card.note(self.name, "wait", event)
@@ -104,6 +115,7 @@ class FakeCard:
         self.lock = threading.RLock()
         self.fail_copy: int | None = None
         self.fail_set_device = False
+        self.milliseconds = 0.0
         self.copies = 0
         self._is_late = is_late
         self._streams = 0
@@ -522,13 +534,46 @@ def test_two_rings_on_one_device_do_not_disturb_each_other(checkpoint: Checkpoin
     assert torch.equal(first, resident(checkpoint, blocks, x, steps=2))
 
 
-@pytest.mark.parametrize("timing", [False, True])
-def test_events_take_the_time_only_when_asked_and_let_the_host_sleep(timing: bool) -> None:
+def test_events_let_the_host_sleep_and_take_no_time() -> None:
     card = FakeCard()
 
-    device_on(card, timing=timing).new_event()
+    device_on(card, timing=True).new_event()
 
-    assert card.calls[-1].subject == {"enable_timing": timing, "blocking": True}
+    assert card.calls[-1].subject == {"blocking": True}
+
+
+def test_visits_are_timed_on_the_card_and_the_steady_state_makes_no_event(
+    checkpoint: Checkpoint, blocks: list[Block]
+) -> None:
+    card = FakeCard()
+    events = []
+    with (
+        Reader(checkpoint) as reader,
+        Ring(blocks, plan_for(blocks, "disk"), device_on(card, timing=True), reader) as ring,
+    ):
+        for step in range(3):
+            for block in blocks:
+                with ring.visit(block.name):
+                    card.milliseconds += 4.0 if step == 2 else 1.0
+            events.append(len(card.of("new event")))
+
+    computed = ring.timeline.lane("device compute")
+    assert [span.what for span in computed] == [block.name for block in blocks] * 3
+    assert [span.seconds for span in computed] == pytest.approx([1e-3] * 14 + [4e-3] * 7)
+    assert sum(span.seconds for span in ring.timeline.lane("device wait")) == pytest.approx(0.0, abs=1e-9)
+    assert events[1] == events[2]
+
+
+def test_without_timing_a_card_tells_what_the_host_saw(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    plan = plan_for(blocks, "disk")
+    with (
+        Reader(checkpoint) as reader,
+        Ring(blocks, plan, device_on(FakeCard()), reader) as ring,
+        ring.visit(blocks[0].name),
+    ):
+        pass
+
+    assert {span.lane for span in ring.timeline} == {"disk", "wait", "compute"}
 
 
 def test_another_kind_of_device_is_refused() -> None:

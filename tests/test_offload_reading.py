@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from offload import Checkpoint, CheckpointError
-from offload import reading as reading_module
 from offload.blocks import Extent
-from offload.reading import DirectFile, Reader, SeekingFile, open_file, probe_io
+from offload.reading import DirectFile, IoProbe, IoRounds, Reader, SeekingFile, open_file, probe_io
 
 IO = ["read", "direct", "mmap"]
 SIZE = 300_000
@@ -282,18 +281,28 @@ def test_the_probe_says_why_a_way_is_not_available(path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("rounds", "io"),
+    ("rates", "io"),
     [
-        ({"read": [9e9, 8e9, 9e9], "direct": [10e9, 10e9, 11e9], "mmap": [2e9, 2e9, 2e9]}, "read"),
+        ({"read": [9e9, 8e9, 9e9], "direct": [9.1e9, 9.1e9, 9.1e9], "mmap": [2e9, 2e9, 2e9]}, "read"),
         ({"read": [9e9, 8e9, 9e9], "direct": [11e9, 10e9, 11e9], "mmap": [12e9, 12e9, 12e9]}, "direct"),
         ({"read": [9e9, 8e9, 12e9], "direct": [11e9, 11e9, 11e9], "mmap": [2e9, 2e9, 2e9]}, "read"),
-        ({"read": [1e9, 1e9, 1e9], "direct": [1.1e9, 1.1e9, 1.1e9], "mmap": [1.4e9, 1.4e9, 1.4e9]}, "mmap"),
+        ({"read": [1e9, 1e9, 1e9], "direct": [1.02e9, 1.02e9, 1.02e9], "mmap": [1.4e9, 1.4e9, 1.4e9]}, "mmap"),
         ({"direct": [1e9, 1e9, 1e9], "mmap": [1.2e9, 1.2e9, 1.2e9]}, "direct"),
     ],
 )
-def test_the_plainest_way_wins_unless_another_is_clearly_faster(rounds: dict[str, list[float]], io: str) -> None:
-    probe = reading_module._judge(rounds, {})
+def test_the_plainest_way_wins_unless_another_is_clearly_faster(rates: dict[str, list[float]], io: str) -> None:
+    probe = IoProbe({name: IoRounds(found, [0.0] * 3) for name, found in rates.items()}, {})
 
     assert probe.io == io
     assert probe.reason.startswith(io)
-    assert ("no other is clearly faster" in probe.reason) == (probe.rates[io] < max(probe.rates.values()))
+
+
+@pytest.mark.parametrize(
+    ("compute", "cores", "io"),
+    [(0.0, 2, "read"), (2.0, 2, "direct"), (2.0, 64, "read"), (100.0, 2, "read")],
+    ids=["nothing computed", "both cores wanted", "cores to spare", "reading hardly matters"],
+)
+def test_beside_computing_a_way_that_leaves_the_processors_alone_wins(compute: float, cores: int, io: str) -> None:
+    ways = {"read": IoRounds([1.0e9] * 3, [1e-9] * 3), "direct": IoRounds([0.8e9] * 3, [0.1e-9] * 3)}
+
+    assert IoProbe(ways, {}).choose(1 << 30, compute, cores) == io

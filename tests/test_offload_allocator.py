@@ -1,0 +1,114 @@
+"""What a CudaDevice asks of torch's caching allocator, on a stand-in for torch.cuda."""
+
+from __future__ import annotations
+
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import offload.cuda
+from l2p_lowvram.streaming import CONTEXT_BYTES, MemoryOptions, Streamer
+from offload.cuda import CudaDevice
+from tests.test_offload_cuda import FakeCard, device_on
+
+GIB = 1 << 30
+
+
+class CardWithAllocator(FakeCard):
+    """Of 8 GiB. `fraction`: what a process may take of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fraction = 0.9
+        self.emptied = 0
+
+    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=8 * GIB)
+
+    def get_per_process_memory_fraction(self, device: torch.device) -> float:
+        return self.fraction
+
+    def set_per_process_memory_fraction(self, fraction: float, device: torch.device) -> None:
+        self.fraction = fraction
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+
+
+def test_the_allocator_is_limited_until_the_device_is_closed() -> None:
+    card = CardWithAllocator()
+    device = device_on(card, memory_limit=2 * GIB)
+
+    limited = card.fraction
+    device.close()
+    card_after = card.fraction
+    card.fraction = 0.5
+    device.close()
+
+    assert limited == 0.25
+    assert card_after == 0.9
+    assert card.fraction == 0.5, "closed once"
+
+
+def test_a_limit_beyond_the_card_is_the_card() -> None:
+    card = CardWithAllocator()
+
+    device_on(card, memory_limit=9 * GIB)
+
+    assert card.fraction == 1.0
+
+
+def test_without_a_limit_nothing_is_set() -> None:
+    card = CardWithAllocator()
+
+    device_on(card).close()
+
+    assert card.fraction == 0.9
+
+
+def test_a_budget_limits_the_allocator_to_what_the_context_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(offload.cuda, "CudaDevice", lambda device, **options: asked.append(options))
+
+    for vram in (6 * GIB, None):
+        Streamer(torch.device("cuda", 0), MemoryOptions(vram=vram)).ring_device()
+
+    assert [options["memory_limit"] for options in asked] == [6 * GIB - CONTEXT_BYTES, None]
+
+
+def test_segments_exist_together_and_are_free_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, alive, most = CardWithAllocator(), [], []
+    device = device_on(card)
+    allocate = CudaDevice._allocate
+
+    def counted(self: CudaDevice, nbytes: int) -> torch.Tensor:
+        buffer = allocate(self, nbytes)
+        alive.append(nbytes)
+        weakref.finalize(buffer, alive.remove, nbytes)
+        most.append(list(alive))
+        return buffer
+
+    monkeypatch.setattr(CudaDevice, "_allocate", counted)
+    device.reserve([3000, 1000, 2000])
+
+    assert card.emptied == 1
+    assert most[-1] == [3000, 1000, 2000]
+    assert alive == []
+
+
+def test_a_card_with_less_memory_than_was_planned_reserves_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, asked = device_on(CardWithAllocator()), []
+
+    def run_out(self: CudaDevice, nbytes: int) -> torch.Tensor:
+        asked.append(nbytes)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.empty(nbytes)
+
+    monkeypatch.setattr(CudaDevice, "_allocate", run_out)
+    device.reserve([3000, 1000, 2000])
+
+    assert asked == [3000, 1000]
