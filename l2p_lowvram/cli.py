@@ -7,6 +7,7 @@
     4     out of memory
     5     more memory was held than the budget allows (`generate --strict-budget`)
     130   Ctrl-C
+    143   asked to end (SIGTERM)
 
 Anything else keeps its traceback and exits with 1. torch is imported by the commands, not here, so that
 `--help` is quick.
@@ -18,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -75,7 +77,13 @@ def entry() -> NoReturn:
     # Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that
     # read weights, and lose far more by it than waking up takes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """Ends like any error, so that nothing half-written is left."""
+    sys.exit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,9 +5,12 @@ import inspect
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from l2p_lowvram.config import DecoderConfig, DecoderLevel, ModelConfig, Samplin
 from l2p_lowvram.errors import NonFiniteError, is_out_of_memory
 from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.streaming import MemoryOptions
+from l2p_lowvram.whole_file import whole_file
 from offload import BudgetError, CheckpointError
 
 BLOCKS = 4
@@ -980,9 +984,16 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def signals_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_waiting_threads_leave_the_processor_to_those_that_read(
-    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch, signals_as_before: None
 ) -> None:
     environment = {} if before is None else {"OMP_WAIT_POLICY": before}
     monkeypatch.setattr(os, "environ", environment)
@@ -992,3 +1003,23 @@ def test_waiting_threads_leave_the_processor_to_those_that_read(
         cli.entry()
 
     assert environment["OMP_WAIT_POLICY"] == after
+
+
+def test_a_process_that_is_asked_to_end_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals_as_before: None
+) -> None:
+    def write_for_ever() -> int:
+        with whole_file(tmp_path / "model.safetensors", overwrite=False) as file:
+            file.write(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return 0
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(cli, "main", write_for_ever)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.entry()
+
+    assert ended.value.code == 143
+    assert list(tmp_path.iterdir()) == []
