@@ -236,7 +236,7 @@ class Streamer:
 
     def open(self, model: nn.Module, checkpoint: Checkpoint, work: Work) -> WeightStream:
         """Plan the phase, take its memory, start reading. Raises BudgetError, CheckpointError, OSError."""
-        io = self._choose_io(checkpoint, work)
+        io = self._choose_io(checkpoint)
         if self._computes_mapped(io):
             return self._open_mapped(model, checkpoint, work, io)
         plan = self._plan_with_room(work)
@@ -280,7 +280,7 @@ class Streamer:
 
     def require_room(self, checkpoint: Checkpoint, work: Work) -> None:
         """Raise BudgetError unless the phase fits, no other being open."""
-        if self._computes_mapped(self._choose_io(checkpoint, work)):
+        if self._computes_mapped(self._choose_io(checkpoint)):
             self._room_for_pages(work, ())
         else:
             self.plan(work)
@@ -356,7 +356,7 @@ class Streamer:
                 self._ring_device = CudaDevice(self.device, pin_limit=self.options.pin, memory_limit=limit, timing=True)
         return self._ring_device
 
-    def _choose_io(self, checkpoint: Checkpoint, work: Work) -> IoChoice:
+    def _choose_io(self, checkpoint: Checkpoint) -> IoChoice:
         if self.options.io != "auto":
             return IoChoice(self.options.io, None, f"{self.options.io}, as asked for")
         size = sum(identity.size for identity in checkpoint.identities.values())
@@ -365,10 +365,9 @@ class Streamer:
         key = str(checkpoint.files)
         if key not in self._probes:
             self._probes[key] = probe_io(checkpoint, rounds=3, round_bytes=8 << 20)
-        probe, cores = self._probes[key], torch.get_num_threads()
+        probe = self._probes[key]
         # On a graphics card reading takes nothing away from computing.
-        compute = sum(work.seconds.values()) / cores if self.device.type == "cpu" else 0.0
-        io = probe.choose(sum(block.nbytes for block in work.blocks), compute, cores)
+        io = probe.choose(torch.get_num_threads() if self.device.type == "cpu" else None)
         return IoChoice(io, probe.rates[io], probe.told(io))
 
     def _host_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:

@@ -371,9 +371,9 @@ class Reader:
         self.close()
 
 
-# The plainest way first, and how much longer it may take than another. What a short probe on a busy machine
-# says is worth little more; and a mapping of a file that is cut short ends the process.
-_MARGINS = {"read": 1.0, "direct": 1.03, "mmap": 1.3}
+# The plainest way first, and by how much another has to beat it. What a short probe on a busy machine says is
+# worth little more; and a mapping of a file that is cut short ends the process.
+_MARGINS = {"read": 1.0, "direct": 1.15, "mmap": 1.3}
 
 
 @dataclass(frozen=True)
@@ -387,9 +387,9 @@ class IoRounds:
     def rate(self) -> float:
         return statistics.median(self.rates)
 
-    def seconds(self, rate: float, nbytes: int, compute: float, cores: int) -> float:
-        """To read `nbytes` at `rate` beside computing: whichever is done later, disk or processors."""
-        return max(nbytes / rate, compute + nbytes * statistics.median(self.cpu) / cores)
+    def felt(self, cores: int) -> float:
+        """Seconds per byte that reading costs whoever computes on all `cores`: waiting, and what it takes of them."""
+        return 1 / self.rate + statistics.median(self.cpu) / cores
 
 
 @dataclass(frozen=True)
@@ -413,20 +413,23 @@ class IoProbe:
     def reason(self) -> str:
         return self.told(self.io)
 
-    def choose(self, nbytes: int = 1 << 30, compute: float = 0.0, cores: int = 1) -> str:
-        """The way that reads `nbytes` soonest beside `compute` seconds of computing on all `cores`.
+    def choose(self, cores: int | None = None) -> str:
+        """The fastest way, or with `cores` the one that is felt least by computing on all of them.
 
-        What reading takes of the processors is taken from the computing: past the page cache that is far
-        less than through it. A plainer way is kept unless its best round loses to another's worst.
+        Past the page cache, reading takes far less of the processors than through it. A plainer way is kept
+        unless another is clearly faster, in every round; where it is felt, a mapping has to be clearly better.
         """
         chosen = next(io for io in _MARGINS if io in self.ways)
         for io, margin in _MARGINS.items():
-            if io in self.ways and io != chosen:
-                one, other = self.ways[chosen], self.ways[io]
-                kept = one.seconds(max(one.rates), nbytes, compute, cores)
-                if margin * other.seconds(min(other.rates), nbytes, compute, cores) < kept:
-                    chosen = io
+            if io in self.ways and self._beats(io, chosen, margin, cores):
+                chosen = io
         return chosen
+
+    def _beats(self, io: str, chosen: str, margin: float, cores: int | None) -> bool:
+        one, other = self.ways[chosen], self.ways[io]
+        if cores is not None:
+            return other.felt(cores) * (margin if io == "mmap" else 1.0) < one.felt(cores)
+        return other.rate > margin * one.rate and min(other.rates) > max(one.rates)
 
     def told(self, io: str) -> str:
         """Why `io` was chosen, in a line."""
