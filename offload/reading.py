@@ -16,7 +16,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,8 @@ from offload.identity import FileIdentity
 
 PIECE_BYTES = 1 << 20
 THREADS = 4
+# Read, no longer wanted, and dropped from the page cache together.
+_DROPPED_BYTES = 64 << 20
 # What devices and file systems want offsets, lengths and addresses of direct reads to be multiples of.
 DIRECT_ALIGNMENT = 4096
 
@@ -60,6 +62,8 @@ class PositionalFile:
 
     def __init__(self, path: Path, flags: int = 0) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+        self._lock = threading.Lock()
+        self._unwanted: list[tuple[int, int]] = []
 
     def read_into(self, offset: int, target: _Bytes) -> int:
         done = 0
@@ -75,11 +79,35 @@ class PositionalFile:
         return os.preadv(self._descriptor, [target.data], offset)
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        """Many ranges at a time: advice on pages just read makes the kernel flush lists on every processor, and
+        given for each piece it takes longer than the reading."""
+        with self._lock:
+            self._unwanted.append((offset, nbytes))
+            if sum(size for _, size in self._unwanted) >= _DROPPED_BYTES:
+                self._drop()
+
+    def _drop(self) -> None:
+        for offset, nbytes in _joined(self._unwanted):
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        self._unwanted.clear()
 
     def close(self) -> None:
+        self._drop()
         os.close(self._descriptor)
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The same (offset, bytes), neighbours made one."""
+    start = end = -1
+    for offset, nbytes in sorted(ranges):
+        if offset != end:
+            if end > start:
+                yield start, end - start
+            start = offset
+        end = offset + nbytes
+    if end > start:
+        yield start, end - start
 
 
 class DirectFile:

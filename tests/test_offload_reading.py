@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from offload import Checkpoint, CheckpointError
+from offload import reading as reading_module
 from offload.blocks import Extent
 from offload.reading import DirectFile, IoProbe, IoRounds, Reader, SeekingFile, open_file, probe_io
 
@@ -260,6 +261,21 @@ def test_dropped_ranges_read_the_same_again(path: Path) -> None:
             assert buffer.numpy().tobytes() == path.read_bytes()[10 : SIZE + 10]
 
         assert reader.read_bytes == 2 * SIZE
+
+
+def test_ranges_are_dropped_many_at_a_time_and_none_is_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, nbytes, advice: advised.append((offset, nbytes)))
+    monkeypatch.setattr(reading_module, "_DROPPED_BYTES", 300)
+    file = open_file(path, "read")
+
+    for offset in (200, 100, 0, 900, 1000):
+        file.drop_cache(offset, 100)
+    before = list(advised)
+    file.close()
+
+    assert before == [(0, 300)]
+    assert advised == [(0, 300), (900, 200)]
 
 
 def test_the_probe_tells_every_rate(path: Path) -> None:
