@@ -366,9 +366,7 @@ class Streamer:
         if key not in self._probes:
             self._probes[key] = probe_io(checkpoint, rounds=3, round_bytes=8 << 20)
         probe = self._probes[key]
-        # On a graphics card reading takes nothing away from computing.
-        io = probe.choose(torch.get_num_threads() if self.device.type == "cpu" else None)
-        return IoChoice(io, probe.rates[io], probe.told(io))
+        return IoChoice(probe.io, probe.rates[probe.io], probe.reason)
 
     def _host_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
         """On the CPU: one budget for everything."""

@@ -405,68 +405,36 @@ _MARGINS = {"read": 1.0, "direct": 1.15, "mmap": 1.3}
 
 
 @dataclass(frozen=True)
-class IoRounds:
-    """One way of reading, timed some rounds. rates: bytes per second; cpu: seconds of processor time per byte."""
-
-    rates: Sequence[float]
-    cpu: Sequence[float]
-
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates)
-
-    def felt(self, cores: int) -> float:
-        """Seconds per byte that reading costs whoever computes on all `cores`: waiting, and what it takes of them."""
-        return 1 / self.rate + statistics.median(self.cpu) / cores
-
-
-@dataclass(frozen=True)
 class IoProbe:
-    """What each way of reading a file does here, and why some are not available."""
+    """What each way of reading a file does here, in bytes per second of each round, and why some are not available."""
 
-    ways: Mapping[str, IoRounds]
+    rounds: Mapping[str, Sequence[float]]
     refused: Mapping[str, str]
 
     @property
-    def io(self) -> str:
-        """The fastest way, nothing else being done."""
-        return self.choose()
-
-    @property
     def rates(self) -> dict[str, float]:
-        """Bytes per second of each way."""
-        return {io: rounds.rate for io, rounds in self.ways.items()}
+        """The median of each way."""
+        return {io: statistics.median(found) for io, found in self.rounds.items()}
 
     @property
-    def reason(self) -> str:
-        return self.told(self.io)
-
-    def choose(self, cores: int | None = None) -> str:
-        """The fastest way, or with `cores` the one that is felt least by computing on all of them.
-
-        Past the page cache, reading takes far less of the processors than through it. A plainer way is kept
-        unless another is clearly faster, in every round; where it is felt, a mapping has to be clearly better.
-        """
-        chosen = next(io for io in _MARGINS if io in self.ways)
+    def io(self) -> str:
+        """The fastest way; a plainer one is kept unless another is clearly faster, in every round."""
+        rates = self.rates
+        chosen = next(io for io in _MARGINS if io in rates)
         for io, margin in _MARGINS.items():
-            if io in self.ways and self._beats(io, chosen, margin, cores):
+            is_clear = io in rates and min(self.rounds[io]) > max(self.rounds[chosen])
+            if is_clear and rates[io] > margin * rates[chosen]:
                 chosen = io
         return chosen
 
-    def _beats(self, io: str, chosen: str, margin: float, cores: int | None) -> bool:
-        one, other = self.ways[chosen], self.ways[io]
-        if cores is not None:
-            return other.felt(cores) * (margin if io == "mmap" else 1.0) < one.felt(cores)
-        return other.rate > margin * one.rate and min(other.rates) > max(one.rates)
-
-    def told(self, io: str) -> str:
-        """Why `io` was chosen, in a line."""
-        measured = ", ".join(
-            f"{name} {rounds.rate / 1e9:.2f} GB/s ({statistics.median(rounds.cpu) * 1e9:.2f} s of processor a GB)"
-            for name, rounds in self.ways.items()
-        )
+    @property
+    def reason(self) -> str:
+        """Why, in a line."""
+        rates, chosen = self.rates, self.io
+        measured = ", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items())
+        plainer = "" if rates[chosen] == max(rates.values()) else " (no other is clearly faster)"
         unavailable = "".join(f"; {name} not available: {why}" for name, why in self.refused.items())
-        return f"{io}: {measured}{unavailable}"
+        return f"{chosen}{plainer}: {measured}{unavailable}"
 
 
 def probe_io(
@@ -482,7 +450,7 @@ def probe_io(
     and counts: a file that is cached is read fastest through the cache.
     """
     path = max(checkpoint.files, key=lambda file: checkpoint.identities[file].size)
-    ways: dict[str, IoRounds] = {}
+    rates: dict[str, list[float]] = {}
     refused: dict[str, str] = {}
     readers: dict[str, Reader] = {}
     try:
@@ -496,15 +464,14 @@ def probe_io(
         for turn, (offset, nbytes) in enumerate(places):
             io = list(readers)[turn % len(readers)]
             try:
-                rate, cpu = _timed_read(readers[io], Extent(path, offset, nbytes, 0), buffer)
-                found = ways.get(io, IoRounds((), ()))
-                ways[io] = IoRounds((*found.rates, rate), (*found.cpu, cpu))
+                rate = _timed_read(readers[io], Extent(path, offset, nbytes, 0), buffer)
+                rates.setdefault(io, []).append(rate)
             except OSError as error:  # some file systems refuse direct reads only now
                 refused[io] = error.strerror or str(error)
     finally:
         for reader in readers.values():
             reader.close()
-    kept = {io: rounds for io, rounds in ways.items() if io not in refused}
+    kept = {io: found for io, found in rates.items() if io not in refused}
     return IoProbe(MappingProxyType(kept), MappingProxyType(refused))
 
 
@@ -514,9 +481,8 @@ def _places(size: int, count: int, nbytes: int) -> list[tuple[int, int]]:
     return [(index * (size - nbytes) // max(count - 1, 1), nbytes) for index in range(count)]
 
 
-def _timed_read(reader: Reader, extent: Extent, buffer: _Bytes) -> tuple[float, float]:
-    """Bytes per second, and seconds of processor time per byte, of all threads."""
-    started, worked = time.perf_counter(), time.process_time()
+def _timed_read(reader: Reader, extent: Extent, buffer: _Bytes) -> float:
+    """Bytes per second."""
+    started = time.perf_counter()
     reader.submit("probe", [extent], torch.from_numpy(buffer)).wait()
-    seconds, cpu = time.perf_counter() - started, time.process_time() - worked
-    return extent.nbytes / max(seconds, 1e-9), cpu / extent.nbytes
+    return extent.nbytes / max(time.perf_counter() - started, 1e-9)

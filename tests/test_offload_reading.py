@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from offload import Checkpoint, CheckpointError
 from offload import reading as reading_module
 from offload.blocks import Extent
-from offload.reading import DirectFile, IoProbe, IoRounds, Reader, SeekingFile, open_file, probe_io
+from offload.reading import DirectFile, IoProbe, Reader, SeekingFile, open_file, probe_io
 
 IO = ["read", "direct", "mmap"]
 SIZE = 300_000
@@ -307,18 +307,7 @@ def test_the_probe_says_why_a_way_is_not_available(path: Path, monkeypatch: pyte
     ],
 )
 def test_the_plainest_way_wins_unless_another_is_clearly_faster(rates: dict[str, list[float]], io: str) -> None:
-    probe = IoProbe({name: IoRounds(found, [0.0] * 3) for name, found in rates.items()}, {})
+    probe = IoProbe(rates, {})
 
     assert probe.io == io
     assert probe.reason.startswith(io)
-
-
-@pytest.mark.parametrize(
-    ("cores", "io"),
-    [(None, "read"), (2, "direct"), (64, "read")],
-    ids=["nothing computed", "both cores wanted", "cores to spare"],
-)
-def test_beside_computing_a_way_that_leaves_the_processors_alone_wins(cores: int | None, io: str) -> None:
-    ways = {"read": IoRounds([1.0e9] * 3, [1e-9] * 3), "direct": IoRounds([0.8e9] * 3, [0.1e-9] * 3)}
-
-    assert IoProbe(ways, {}).choose(cores) == io
