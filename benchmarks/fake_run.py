@@ -7,12 +7,13 @@ copies do nothing, and its courier runs on the caller's thread, so that every ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from allocator_model import CachingAllocator
 from fake_cuda import Arch, FakeCuda
 from repetition import repetitions_left_out
 from torch import Tensor
@@ -24,11 +25,12 @@ from l2p_lowvram.repository import ModelFiles
 from l2p_lowvram.safetensors_writer import encode_header
 from l2p_lowvram.streaming import CONTEXT_BYTES, WORKSPACE_BYTES, MemoryOptions, Streamer
 from l2p_lowvram.synthetic import synthetic_state
-from l2p_lowvram.tilings import PictureWork
+from l2p_lowvram.tilings import PictureWork, decoder_overhead
 from offload import BudgetError, Checkpoint, ResidencyPlan
 from offload.blocks import Extent
-from offload.devices import Cancelled, Counter, Courier, Event, Stream, Worker
+from offload.devices import Cancelled, Counter, Courier, Event, NoTimer, Stream, Worker
 from offload.reading import Reader
+from offload.timeline import Timeline
 
 PROMPT_TOKENS = 64
 # So that plans do not depend on the machine: host memory is no matter here.
@@ -58,7 +60,24 @@ class FakeDevice:
     reads_into_device = False
 
     def __init__(self) -> None:
+        self.allocator: CachingAllocator | None = None
         self._couriers: list[_FakeWorker] = []
+
+    def reserve(self, segments: Sequence[int]) -> None:
+        """As `offload.cuda.CudaDevice` does. No tensors, which would count as the run's."""
+        if self.allocator is None:
+            return
+        self.allocator.empty_cache()
+        held = []
+        with suppress(torch.OutOfMemoryError):
+            for nbytes in segments:
+                held.append(self.allocator.allocate(nbytes))
+        for chunk in held:
+            self.allocator.free(chunk)
+
+    def release_cached(self) -> None:
+        if self.allocator is not None:
+            self.allocator.empty_cache()
 
     def compute_stream(self) -> Stream:
         return _FakeStream()
@@ -68,6 +87,9 @@ class FakeDevice:
 
     def new_event(self) -> Event:
         return _FakeEvent()
+
+    def visit_timer(self, timeline: Timeline) -> NoTimer:
+        return NoTimer()
 
     def new_counter(self) -> Counter:
         return _FakeCounter(self)
@@ -238,18 +260,23 @@ def account(
 ) -> Account:
     """Run the pipeline on a file of `write_sparse_checkpoint`.
 
-    limit_bytes: what the allocator may reserve. expandable: with segments that grow. repetitions: make also those
-    slices and visits that only repeat others, which takes minutes and changes nothing but the counts.
+    limit_bytes: what the allocator may reserve; None: what the budget leaves it, as on a card. expandable: with
+    segments that grow. repetitions: make also those slices and visits that only repeat others, which takes minutes
+    and changes nothing but the counts.
     Raises BudgetError where the request's budget is too small.
     """
     vram = streamed_budget(model, request, arch) if request.vram is None else request.vram
+    limit_bytes = vram - CONTEXT_BYTES - WORKSPACE_BYTES if limit_bytes is None else limit_bytes
     with ExitStack() as stack:
         stack.enter_context(patch.object(slicing, "has_fused_kernel", _asking(arch)))
         pipe = stack.enter_context(_pipeline(model, vram, request))
+        pipe.choose_slices(_work(pipe, request))  # a budget too small is refused before it limits anything
         # A cached matrix of one fake device is no use to the next.
         stack.callback(linear.hadamard.cache_clear)
         linear.hadamard.cache_clear()
         cuda = stack.enter_context(FakeCuda(arch, limit_bytes=limit_bytes, expandable=expandable))
+        assert isinstance(pipe.streamer, FakeStreamer)
+        pipe.streamer.ring_device().allocator = cuda.allocator
         if not repetitions:
             stack.enter_context(repetitions_left_out(cuda.allocator))
         _generate(pipe, request)
@@ -272,7 +299,16 @@ def streamed_budget(model: Path, request: Request, arch: Arch, within: int = _HO
     raise AssertionError("nothing fits into no memory")
 
 
+def decoder_arithmetic(model: Path, request: Request, arch: Arch, vram: int) -> float:
+    """Operations of the local decoder relative to the untiled one, as a budget is planned (bytes, context included)."""
+    with patch.object(slicing, "has_fused_kernel", _asking(arch)), _pipeline(model, vram, request) as pipe:
+        work = _work(pipe, request)
+        tiling, _ = pipe.weights.choose(work)  # type: ignore[attr-defined]
+        return decoder_overhead(pipe.config, work, tiling)
+
+
 def _pipeline(model: Path, vram: int, request: Request) -> L2PPipeline:
+    # "auto" would try kernels on the card.
     return L2PPipeline.from_streamer(ModelFiles(model), FakeStreamer(vram), request.dtype, compute="dequant")
 
 

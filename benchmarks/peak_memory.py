@@ -7,8 +7,9 @@
 Published INT8 layout, every block streamed, both CFG branches, one step; slots, RoPE tables, captions and the plan's
 workspace allowance are in, the CUDA context is not. "live" are the tensors alone, "peak" what torch's allocator
 reserves for them, both counted on fake tensors while the pipeline runs (`fake_cuda.py` says what is modelled and
-what not); "predicted" is the plan's promise. Without --vram a row gets slices that fit its target and the smallest
-budget that keeps them, so that nothing is resident.
+what not); "predicted" is the plan's promise. The allocator may reserve no more than the budget, as on a card.
+Without --vram a row gets slices that fit its target and the smallest budget that keeps them, so that nothing is
+resident. "decoder" is another run's: the local decoder's arithmetic relative to the untiled one, as planned for 8 GiB.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fake_cuda import ARCHES, Arch
-from fake_run import Account, Request, account, streamed_budget, write_sparse_checkpoint
+from fake_cuda import ARCHES
+from fake_run import Account, Request, account, decoder_arithmetic, streamed_budget, write_sparse_checkpoint
 
 from l2p_lowvram.devices import DTYPES
 from l2p_lowvram.families import PUBLISHED
@@ -30,6 +31,9 @@ from l2p_lowvram.streaming import CONTEXT_BYTES, WORKSPACE_BYTES
 from offload import BudgetError, format_bytes, parse_bytes
 
 GIB = 1 << 30
+# Of the card whose plan the decoder's arithmetic is told for.
+_CARD_BYTES = 8 * GIB
+_NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--steps", type=int, default=1, help="denoising steps (default 1; more change nothing)")
     result.add_argument("--unguided", action="store_true", help="one branch, as with --cfg-scale 1")
     result.add_argument("--expandable", action="store_true", help="allocator with expandable_segments:True")
-    result.add_argument("--capped", action="store_true", help="let the allocator reserve no more than the plan allows")
+    result.add_argument("--unlimited", action="store_true", help="let the allocator reserve more than the budget")
     result.add_argument("--everything", action="store_true", help="make repetitions too (minutes)")
     result.add_argument("--details", action="store_true", help="also what is alive at the peak, and host waits")
     result.add_argument("--json", action="store_true", help="print a list of rows as JSON")
@@ -81,49 +85,63 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return [known.get((case.family, case.width, case.height), case)]
 
 
-def accounts(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Case, Account | BudgetError]]:
+def accounts(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row each."""
     for case in cases(options):
         model = folder / f"{case.family}.safetensors"
         if not model.exists():
             write_sparse_checkpoint(model, PUBLISHED[case.family])
         try:
-            yield case, one_account(case, model, options)
+            request = request_for(case, model, options)
+            found = one_account(model, request, options)
         except BudgetError as error:
-            yield case, error
+            yield refusal(case, error, options)
+        else:
+            arithmetic = decoder_arithmetic(model, request, ARCHES[options.arch], _CARD_BYTES)
+            yield row(case, found, arithmetic, options)
 
 
-def one_account(case: Case, model: Path, options: argparse.Namespace) -> Account:
+def one_account(model: Path, request: Request, options: argparse.Namespace) -> Account:
     """Raises BudgetError."""
-    arch = ARCHES[options.arch]
-    request = request_for(case, model, options, arch)
-    assert request.vram is not None
-    limit = request.vram - CONTEXT_BYTES - WORKSPACE_BYTES if options.capped else None
+    limit = _NO_LIMIT if options.unlimited else None
     return account(
-        model, request, arch, limit_bytes=limit, expandable=options.expandable, repetitions=options.everything
+        model,
+        request,
+        ARCHES[options.arch],
+        limit_bytes=limit,
+        expandable=options.expandable,
+        repetitions=options.everything,
     )
 
 
-def request_for(case: Case, model: Path, options: argparse.Namespace, arch: Arch) -> Request:
+def request_for(case: Case, model: Path, options: argparse.Namespace) -> Request:
+    """Raises BudgetError."""
     dtype = DTYPES[options.dtype]
     request = Request(case.width, case.height, not options.unguided, steps=options.steps, dtype=dtype)
     vram = options.vram
     if vram is None:
         within = {} if case.target is None else {"within": case.target + CONTEXT_BYTES}
-        vram = streamed_budget(model, request, arch, **within)
+        vram = streamed_budget(model, request, ARCHES[options.arch], **within)
     return Request(case.width, case.height, not options.unguided, steps=options.steps, dtype=dtype, vram=vram)
 
 
-def row(case: Case, found: Account | BudgetError, options: argparse.Namespace) -> dict[str, Any]:
-    """All bytes without the CUDA context."""
-    head = {"family": case.family, "width": case.width, "height": case.height, "arch": options.arch}
-    if isinstance(found, BudgetError):
-        return head | {"fits": False, "reason": str(found), "target_bytes": case.target}
-    return head | {
+def _head(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    size = {"family": case.family, "width": case.width, "height": case.height}
+    return size | {"arch": options.arch, "target_bytes": case.target}
+
+
+def refusal(case: Case, error: BudgetError, options: argparse.Namespace) -> dict[str, Any]:
+    return _head(case, options) | {"fits": False, "reason": str(error)}
+
+
+def row(case: Case, found: Account, arithmetic: float, options: argparse.Namespace) -> dict[str, Any]:
+    """All bytes without the CUDA context. arithmetic: `decoder_arithmetic`."""
+    return _head(case, options) | {
         "fits": True,
         "peak_bytes": found.peak,
         "live_bytes": found.live,
         "predicted_bytes": found.predicted,
-        "target_bytes": case.target,
+        "decoder_arithmetic": arithmetic,
         "workspace_bytes": WORKSPACE_BYTES,
         "ring_bytes": found.plan.ring_bytes,
         "slices": found.slices,
@@ -139,7 +157,7 @@ def row(case: Case, found: Account | BudgetError, options: argparse.Namespace) -
 
 def table(rows: list[dict[str, Any]]) -> str:
     """For people: a line of sizes per row, the line that made the peak below it."""
-    lines = [f"{'family and size':18} {'predicted':>10} {'live':>10} {'peak':>10} {'target':>10}"]
+    lines = [f"{'family and size':18} {'predicted':>10} {'live':>10} {'peak':>10} {'target':>10} {'decoder':>8}"]
     for entry in rows:
         size = f"{entry['family']} {entry['width']}x{entry['height']}"
         if not entry["fits"]:
@@ -150,7 +168,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         met = (
             "" if not entry["target_bytes"] else "  met" if entry["peak_bytes"] <= entry["target_bytes"] else "  MISSED"
         )
-        lines.append(f"{size:18} " + " ".join(f"{cell:>10}" for cell in cells) + met)
+        arithmetic = f" {entry['decoder_arithmetic']:>8.3f}"
+        lines.append(f"{size:18} " + " ".join(f"{cell:>10}" for cell in cells) + arithmetic + met)
         lines.append(f"    {entry['slices']}; attention: {', '.join(entry['attention'])}")
         lines.append(f"    peak of tensors: {entry['peak_at']}")
         lines += [f"    {notice}" for notice in entry["notices"]]
@@ -168,7 +187,7 @@ def details(entry: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row(case, found, options) for case, found in accounts(options, Path(folder))]
+        rows = list(accounts(options, Path(folder)))
     if options.json:
         print(json.dumps(rows, indent=2))
         return

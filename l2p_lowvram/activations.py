@@ -98,8 +98,9 @@ def prelude_bytes(config: ModelConfig, width: int, height: int, sizes: SliceSize
 
 
 def epilogue_bytes(
-    config: ModelConfig, width: int, height: int, plan: DecoderPlan, itemsize: int, *, on_cpu: bool
+    config: ModelConfig, width: int, height: int, plan: DecoderPlan, itemsize: int, *, on_cpu: bool, room: int = 0
 ) -> int:
-    """Most bytes beside the states while the local decoder runs: on a card with the holes between tensors."""
-    memory = decoder_memory(DecoderJob.of(config, width, height), plan, itemsize)
-    return memory.tensors if on_cpu else memory.segment
+    """Most bytes beside the states while the local decoder runs: on a card with the holes between tensors, in a
+    segment of at least `room` bytes."""
+    job = DecoderJob.of(config, width, height)
+    return decoder_memory(job, plan, itemsize).tensors if on_cpu else decoder_memory(job, plan, itemsize, room).segment

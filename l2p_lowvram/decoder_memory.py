@@ -6,6 +6,7 @@ those of the tensors alone but those of the segment they lie in, with the holes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,7 @@ from tiling.conv import Tile
 from .config import IMAGE_CHANNELS, DecoderConfig
 from .decoder import level_inputs, level_outputs
 from .decoder_plan import DecoderJob, DecoderPlan, Stage, decoder_tiles, encoder_tiles, macs
-from .segment import Piece, Segment
+from .segment import Piece, Segment, reserved_bytes
 
 # Tile sides in pixels that plans are made of: few, so that most budgets share a plan and hence every bit.
 TILE_SIDES = (256, 512, 1024, 2048)
@@ -37,19 +38,27 @@ class DecoderMemory:
 
 
 @lru_cache(maxsize=4096)
-def decoder_memory(job: DecoderJob, plan: DecoderPlan, itemsize: int) -> DecoderMemory:
-    """In a dtype of `itemsize` bytes. Counted: the whole maps between stages, and all that a tile makes."""
+def decoder_memory(job: DecoderJob, plan: DecoderPlan, itemsize: int, room: int = 0) -> DecoderMemory:
+    """In a dtype of `itemsize` bytes. Counted: the whole maps between stages, and all that a tile makes.
+
+    room: the least that the segment has, which then is one that torch's allocator would make; 0: just what it
+    takes. Where tensors lie depends on where it ends.
+    """
     plan.check(job.config)
-    walk = _Walk(job, itemsize)
-    walk.run(plan)
-    return DecoderMemory(walk.segment.peak_bytes, walk.segment.live_peak_bytes)
+    nbytes = reserved_bytes(room) if room else 0
+    while True:
+        walk = _Walk(job, itemsize, Segment(nbytes))
+        walk.run(plan)
+        if walk.segment.nbytes == nbytes:
+            return DecoderMemory(nbytes, walk.segment.live_peak_bytes)
+        nbytes = reserved_bytes(walk.segment.nbytes) if room else walk.segment.nbytes
 
 
 class _Walk:
     """One call of the decoder. Pieces are named after the tensors that lie there."""
 
-    def __init__(self, job: DecoderJob, itemsize: int) -> None:
-        self.segment = Segment()
+    def __init__(self, job: DecoderJob, itemsize: int, segment: Segment) -> None:
+        self.segment = segment
         self._job = job
         self._levels = job.config.levels
         self._itemsize = itemsize
@@ -200,14 +209,22 @@ def plans(job: DecoderJob) -> Iterator[DecoderPlan]:
 def choose_plan(job: DecoderJob, limit_bytes: int, itemsize: int) -> DecoderPlan:
     """The plan with the least arithmetic whose segment stays within the limit.
 
-    Raises ValueError, naming the smallest that would do, where none does.
+    Raises ValueError, naming what no plan can do without, where none does.
     """
     ranked = sorted(plans(job), key=lambda plan: (macs(job, plan), len(plan.stages)))
-    for plan in ranked:
-        if decoder_memory(job, plan, itemsize).segment <= limit_bytes:
+    bounds = [_least_bytes(job, plan, itemsize) for plan in ranked]
+    for plan, bound in zip(ranked, bounds, strict=True):
+        if bound <= limit_bytes and decoder_memory(job, plan, itemsize).segment <= limit_bytes:
             return plan
-    least = min(decoder_memory(job, plan, itemsize).segment for plan in ranked)
     raise ValueError(
-        f"the local decoder needs at least {least} bytes for {job.width}x{job.height}, got {limit_bytes}; "
+        f"the local decoder needs at least {min(bounds)} bytes for {job.width}x{job.height}, got {limit_bytes}; "
         "allow more memory or make a smaller picture"
     )
+
+
+def _least_bytes(job: DecoderJob, plan: DecoderPlan, itemsize: int) -> int:
+    """Less than a call takes, and quickly told: the first level's join in its largest tile, and what is joined."""
+    stage, level = plan.stages[0], job.config.levels[0]
+    sides = (decoder_tiles(job.config, stage, side) for side in (job.height, job.width))
+    area = math.prod(max(_length(tile) for tile in side) for side in sides)
+    return (2 * level.up + level.encoder + level_outputs(job.config, 1)) * area * itemsize

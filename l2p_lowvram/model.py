@@ -87,8 +87,8 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
 
 
-def rope_table(positions: Tensor, axes: Sequence[int]) -> Tensor:
-    """positions (L, 3) -> complex rotations (L, sum(axes) / 2), complex64.
+def rope_table(positions: Tensor, axes: Sequence[int], out: Tensor | None = None) -> Tensor:
+    """positions (L, 3) -> complex rotations (L, sum(axes) / 2), complex64; in `out` where given.
 
     Channel pair i of an axis of width d turns by position * 256^(-2i/d);
     frequencies in float64, the angle rounded to fp32 as the reference does.
@@ -99,7 +99,7 @@ def rope_table(positions: Tensor, axes: Sequence[int]) -> Tensor:
         angle = positions[:, axis, None].double() / ROPE_THETA**exponent
         columns.append(angle.float())
     angles = torch.cat(columns, dim=1)
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.polar(torch.ones_like(angles), angles, out=out)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -343,13 +343,21 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class Room:
+    """Memory of a branch's state: tokens (B, L, D) and their rope (L, head width / 2), image and caption."""
+
+    tokens: Tensor
+    rope: Tensor
+
+
+@dataclass(frozen=True)
 class State:
     """One branch on its way through the blocks.
 
     tokens (B, L, D): the image tokens (pads included) while the noise refiner
     runs, image then caption tokens afterwards. rope fits `tokens`.
-    room: where given, a buffer that starts with `tokens` and has space for the
-    caption behind, so that joining copies the caption alone.
+    room: where given, a room that starts with `tokens`, has space for the caption
+    behind, and the whole rope, so that joining copies the caption alone.
     """
 
     tokens: Tensor
@@ -357,18 +365,25 @@ class State:
     timestep_embedding: Tensor
     caption: Caption
     joined: bool = False
-    room: Tensor | None = None
+    room: Room | None = None
 
     def join(self) -> State:
         """Append the caption tokens, once."""
         if self.joined:
             return self
         if self.room is not None:
-            self.room[:, self.tokens.shape[1] :] = self.caption.tokens
-            rope = torch.cat([self.rope, self.caption.rope])
-            return replace(self, tokens=self.room, rope=rope, joined=True, room=None)
+            self.room.tokens[:, self.tokens.shape[1] :] = self.caption.tokens
+            return replace(self, tokens=self.room.tokens, rope=self.room.rope, joined=True, room=None)
         tokens = torch.cat([self.tokens, self.caption.tokens.expand(self.tokens.shape[0], -1, -1)], dim=1)
         return replace(self, tokens=tokens, rope=torch.cat([self.rope, self.caption.rope]), joined=True)
+
+    def copied_to(self, room: Room) -> State:
+        """The state in another room of the same size; before joining."""
+        assert self.room is not None
+        length = self.tokens.shape[1]
+        room.tokens[:, :length] = self.tokens
+        room.rope.copy_(self.room.rope)
+        return replace(self, tokens=room.tokens[:, :length], rope=room.rope[:length], room=room)
 
 
 @dataclass(frozen=True)
@@ -476,18 +491,30 @@ class L2PTransformer(nn.Module):
             caption = replace(caption, tokens=block(caption.tokens, caption.rope, None, attend))
         return caption
 
-    def prelude(self, pixels: Tensor, t: Tensor, caption: Caption, slices: Slices | None = None) -> State:
+    def room(self, pixels: Tensor, caption: Caption) -> Room:
+        """What `prelude` in slices fills, its values garbage, on the caption's device and in its dtype."""
+        patch, tokens = self.config.patch_size, caption.tokens
+        length = padded_length(pixels.shape[-2] // patch * (pixels.shape[-1] // patch)) + caption.length
+        return Room(
+            tokens.new_empty(pixels.shape[0], length, self.config.dim),
+            caption.rope.new_empty(length, caption.rope.shape[1]),
+        )
+
+    def prelude(
+        self, pixels: Tensor, t: Tensor, caption: Caption, slices: Slices | None = None, room: Room | None = None
+    ) -> State:
         """pixels (B, 3, H, W) and t (B,) = 1 - sigma -> the state that enters the first block.
 
         With `slices` the pixels may live anywhere and have any float dtype: some rows of patches at a time
-        become the caption's dtype on its device.
+        become the caption's dtype on its device, in `room`, or a new one.
         """
         height, width = pixels.shape[-2:]
         self.config.check_size(width, height)
         patch = self.config.patch_size
         grid = (height // patch, width // patch)
         if slices is not None:
-            return self._prelude_in_slices(pixels, t, caption, grid, slices)
+            room = self.room(pixels, caption) if room is None else room
+            return self._prelude_in_slices(pixels, t, caption, grid, slices, room)
         rows = self.x_embedder(patchify(pixels, patch))
         length = padded_length(rows.shape[1])
         tokens = torch.stack([pad_rows(row, length, self.x_pad_token) for row in rows])
@@ -495,21 +522,23 @@ class L2PTransformer(nn.Module):
         return State(tokens, rope, self.t_embedder(t, pixels.dtype), caption)
 
     def _prelude_in_slices(
-        self, pixels: Tensor, t: Tensor, caption: Caption, grid: tuple[int, int], slices: Slices
+        self, pixels: Tensor, t: Tensor, caption: Caption, grid: tuple[int, int], slices: Slices, room: Room
     ) -> State:
-        """Embeds rows of patches straight into a buffer with room for the caption."""
+        """Embeds rows of patches straight into the room."""
         patch, (rows, columns) = self.config.patch_size, grid
         used, length = rows * columns, padded_length(rows * columns)
         device, dtype = caption.tokens.device, caption.tokens.dtype
-        room = torch.empty(pixels.shape[0], length + caption.length, self.config.dim, device=device, dtype=dtype)
         step = slices.patch_rows or rows
         for row in range(0, rows, step):
             strip = pixels[:, :, row * patch : (row + step) * patch].to(device, dtype)
             start = row * columns
-            room[:, start : min(start + step * columns, used)] = self.x_embedder(patchify(strip, patch))
-        room[:, used:length] = self.x_pad_token.to(dtype)
-        rope = rope_table(image_positions(grid, caption.length, length, device), self.config.rope_axes)
-        return State(room[:, :length], rope, self.t_embedder(t.to(device), dtype), caption, room=room)
+            room.tokens[:, start : min(start + step * columns, used)] = self.x_embedder(patchify(strip, patch))
+        room.tokens[:, used:length] = self.x_pad_token.to(dtype)
+        positions = image_positions(grid, caption.length, length, device)
+        rope_table(positions, self.config.rope_axes, room.rope[:length])
+        room.rope[length:] = caption.rope
+        timestep = self.t_embedder(t.to(device), dtype)
+        return State(room.tokens[:, :length], room.rope[:length], timestep, caption, room=room)
 
     def epilogue(self, state: State, pixels: Tensor) -> Tensor:
         """The state after the last block -> velocity (B, 3, H, W)."""

@@ -21,7 +21,7 @@ from .decoder_plan import DecoderJob, macs, whole_plan
 from .layout import ModelLayout
 from .model import L2PTransformer
 from .streaming import Streamer, WeightStream, Work
-from .tilings import PictureWork, Tiling, device_activations, tilings
+from .tilings import PictureWork, Tiling, device_activations, device_segments, tilings
 
 CAPTION_EMBEDDER, IMAGE_EMBEDDER, LOCAL_DECODER = "caption_embedder", "image_embedder", "local_decoder"
 _CAPTION_PARAMETERS = ("cap_embedder", "cap_pad_token")
@@ -39,6 +39,9 @@ class TransformerWeights(Protocol):
         Raises BudgetError.
         """
 
+    def reserve(self, work: PictureWork, tiling: Tiling) -> None:
+        """Get the memory of the steps ready; after `open`, with everything made that lives longer than a step."""
+
     def visit(self, name: str) -> AbstractContextManager[None]: ...
 
     def close(self) -> None:
@@ -53,6 +56,8 @@ class ResidentWeights:
 
     def open(self, work: PictureWork) -> Tiling:
         return next(tilings(self._config, work))
+
+    def reserve(self, work: PictureWork, tiling: Tiling) -> None: ...
 
     def visit(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -85,6 +90,9 @@ class StreamedWeights:
             self._stream.close()
         self._stream = self._streamer.open(self._transformer, self._checkpoint, demand)
         return tiling
+
+    def reserve(self, work: PictureWork, tiling: Tiling) -> None:
+        self._streamer.reserve(device_segments(self._config, work, tiling))
 
     def choose(self, work: PictureWork) -> tuple[Tiling, Work]:
         """The largest slices whose activations leave room for the weights' ring. Raises BudgetError."""

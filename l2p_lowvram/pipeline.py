@@ -11,7 +11,6 @@ import os
 import secrets
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from .compute import DEQUANTISED, INT8, Compute, LayerSize, choose_compute, with
 from .config import IMAGE_CHANNELS, ModelConfig
 from .devices import choose_device, choose_dtype, full_fp32, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
-from .model import Caption, L2PTransformer, State, padded_length
+from .model import Caption, L2PTransformer, Room, State, padded_length
 from .model_weights import (
     CAPTION_EMBEDDER,
     IMAGE_EMBEDDER,
@@ -363,6 +362,7 @@ class L2PPipeline:
         work = self.work(width, height, batch, cfg, max(item.shape[0] for item in features))
         tiling = self.weights.open(work)
         captions = self._captions(features)
+        self.weights.reserve(work, tiling)
         job = _Job(
             work,
             pixels.cpu(),
@@ -467,9 +467,14 @@ class L2PPipeline:
         if job.negative is not None:
             branches += zip(range(len(pictures)), job.negative, strict=True)
         with visit(IMAGE_EMBEDDER):
+            # All of them before anything that goes: what lives longer lies below.
+            rooms = [model.room(pictures[picture], caption) for picture, caption in branches]
             # A caption's length is all that the image tokens know of it: their positions come after it.
-            shared = {(picture, caption.length): caption for picture, caption in reversed(branches)}
-            common = {key: model.prelude(pictures[key[0]], t, caption, slices) for key, caption in shared.items()}
+            owners = {(picture, caption.length): index for index, (picture, caption) in enumerate(branches)}
+            common = {
+                key: model.prelude(pictures[key[0]], t, branches[index][1], slices, rooms[index])
+                for key, index in owners.items()
+            }
         states: list[State] = []
         blocks = model.blocks()
         report = self._report("denoise")
@@ -479,14 +484,14 @@ class L2PPipeline:
                 if not block.joint:
                     common = {key: block.visit(state, slices=slices) for key, state in common.items()}
                 else:
-                    states = states or _part_branches(branches, common)
+                    states = states or _part_branches(branches, common, rooms)
                     states = [block.visit(state, slices=slices) for state in states]
             report(done, len(blocks))
         model.scratch.release()  # the decoder converts nothing through it, and needs the room
         with visit(LOCAL_DECODER):
             return [
                 self._decode(pictures[picture], state, tiling, (step, len(job.sigmas) - 1))
-                for (picture, _), state in zip(branches, states or _part_branches(branches, common), strict=True)
+                for (picture, _), state in zip(branches, states or _part_branches(branches, common, rooms), strict=True)
             ]
 
     def _decode(self, picture: Tensor, state: State, tiling: Tiling, step: tuple[int, int]) -> Tensor:
@@ -637,16 +642,14 @@ def _bytes(size: int | str | None, name: str) -> int | None:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _part_branches(branches: Sequence[tuple[int, Caption]], common: dict[tuple[int, int], State]) -> list[State]:
-    """A state per branch from those they share so far: the last one of each takes the shared buffer over."""
+def _part_branches(
+    branches: Sequence[tuple[int, Caption]], common: dict[tuple[int, int], State], rooms: Sequence[Room]
+) -> list[State]:
+    """A state per branch, each in its room, from those they share so far."""
     states: list[State] = []
-    left = Counter((picture, caption.length) for picture, caption in branches)
-    for picture, caption in branches:
-        key = (picture, caption.length)
-        left[key] -= 1
-        state = replace(common[key], caption=caption)
-        # Joined before the owner is: joining a copy leaves the shared tokens as they are.
-        states.append(replace(state, room=None).join() if left[key] else state.join())
+    for (picture, caption), room in zip(branches, rooms, strict=True):
+        state = replace(common[picture, caption.length], caption=caption)
+        states.append((state if state.room is room else state.copied_to(room)).join())
     common.clear()
     return states
 

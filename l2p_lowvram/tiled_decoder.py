@@ -70,9 +70,10 @@ def _encode_stage(decoder: LocalDecoder, stage: Stage, size: tuple[int, int], re
     channels = level_inputs(decoder.config, stage.stop)
     pooled = like.new_empty(like.shape[0], channels, size[0] >> stage.stop, size[1] >> stage.stop)
     for rows, columns in product(*(encoder_tiles(decoder.config, stage, side) for side in size)):
-        part = decoder.encode(read(rows.read, columns.read), stage.levels)
+        crop = read(rows.read, columns.read)  # alive until its tile is done, in any version of Python
+        part = decoder.encode(crop, stage.levels)
         pooled[..., rows.keep, columns.keep] = part[..., rows.local, columns.local]
-        del part
+        del crop, part
     return pooled
 
 

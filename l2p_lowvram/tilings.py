@@ -18,6 +18,7 @@ from .decoder_memory import choose_plan
 from .decoder_plan import DecoderJob, DecoderPlan, overhead
 from .devices import stream_dtype
 from .model import padded_length
+from .segment import LEAST_OWN_SEGMENT, reserved_bytes
 from .slicing import SliceSizes
 
 # (tokens, queries, heads) of the transformer and bytes of the local decoder, from the largest to the smallest.
@@ -36,6 +37,8 @@ _CPU_CONVOLUTION_SHARE = 0.25
 # velocity, the estimate, the next sample.
 _PICTURES = 4
 _PATCH_ROWS_PIXELS = 4 << 20
+# What torch's allocator reserves on a card besides: small tensors, and what the ring is rounded up to.
+_ALLOCATOR_BYTES = 12 << 20
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,39 @@ def _decoder_plan(job: DecoderJob, limit: int, itemsize: int) -> DecoderPlan:
 def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling, *, on_cpu: bool) -> int:
     """Peak bytes beside the weights in the memory that computes: on the CPU the sampler's pictures too.
 
-    The states and captions of every branch, and the widest moment of prelude, block and local decoder.
+    The states and captions of every branch, and the widest moment of prelude, block and local decoder; on a card
+    in the segments that torch's allocator makes of them.
     """
+    if not on_cpu:
+        return sum(device_segments(config, work, tiling)) + _kept_bytes(config, work) + _ALLOCATOR_BYTES
+    captions = work.branches * activations.state_bytes(config, padded_length(work.caption_tokens), work.stream_itemsize)
+    states = work.branches * activations.state_bytes(config, work.tokens(config), work.stream_itemsize)
+    return states + captions + _widest_moment(config, work, tiling, on_cpu=True) + work.host_bytes
+
+
+def device_segments(config: ModelConfig, work: PictureWork, tiling: Tiling) -> tuple[int, ...]:
+    """What torch's allocator should reserve on a card, in bytes, so that a step fits without holes: one segment
+    for the state of each branch, which lives all step, and one for everything that comes and goes."""
+    state = activations.state_bytes(config, work.tokens(config), work.stream_itemsize)
+    moment = _widest_moment(config, work, tiling, on_cpu=False)
+    if state < LEAST_OWN_SEGMENT:
+        return (reserved_bytes(work.branches * state + moment),)
+    return (*[reserved_bytes(state)] * work.branches, reserved_bytes(moment))
+
+
+def _kept_bytes(config: ModelConfig, work: PictureWork) -> int:
+    """What torch's allocator reserves for captions, and for prompts as they came and as they were refined."""
+    length, e = padded_length(work.caption_tokens), work.stream_itemsize
+    caption = activations.state_bytes(config, length, e)
+    features = length * config.caption_dim * e
+    shared = reserved_bytes(max(caption, features))
+    # Refining leaves them scattered: one segment more than they fill.
+    return (-(-work.branches * (caption + 2 * features) // shared) + 1) * shared
+
+
+def _widest_moment(config: ModelConfig, work: PictureWork, tiling: Tiling, *, on_cpu: bool) -> int:
+    """Most bytes beside states and captions: of prelude, block and local decoder."""
     e, r, tokens, sizes = work.dtype.itemsize, work.stream_itemsize, work.tokens(config), tiling.sizes
-    states = work.branches * activations.state_bytes(config, tokens, r)
-    captions = work.branches * activations.state_bytes(config, padded_length(work.caption_tokens), r)
     device = torch.device("cpu" if on_cpu else "cuda")
     held = activations.group_weight_bytes(config, sizes, e)
     converted = linear.converted_bytes(device, r, held)
@@ -128,11 +159,11 @@ def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling, *
         config, tokens, sizes, e, scratch_bytes=converted, int8_bytes=working, stream_itemsize=r
     )
     prelude = activations.prelude_bytes(config, work.width, work.height, sizes, r) + converted
-    epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, r, on_cpu=on_cpu)
+    room = max(block, prelude)
+    epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, r, on_cpu=on_cpu, room=room)
     if on_cpu:
         epilogue += int(epilogue * _CPU_CONVOLUTION_SHARE)
-    peak = states + captions + max(block, prelude, epilogue)
-    return peak + (work.host_bytes if on_cpu else 0)
+    return max(room, epilogue)
 
 
 def decoder_overhead(config: ModelConfig, work: PictureWork, tiling: Tiling) -> float:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -260,6 +261,38 @@ def test_the_predicted_peak_is_the_counted_one(family: str, width: int, height: 
     counted = counted_peak(job, plan, config)
 
     assert decoder_memory(job, plan, itemsize=4).tensors == pytest.approx(counted, rel=0.02)
+
+
+def reserved_for(job: DecoderJob, plan: DecoderPlan, config: ModelConfig, segment: int) -> int:
+    """What torch's allocator would reserve in bf16, for tensors of more than 1 MiB, given a free segment first."""
+    with torch.device("meta"):
+        decoder = LocalDecoder(config.decoder, config.dim)
+    with FakeCuda() as cuda:
+        for name, parameter in list(decoder.named_parameters()):
+            bind(decoder, name, torch.empty(parameter.shape, device=cuda.device, dtype=torch.bfloat16))
+        tokens = torch.empty(1, job.grid[0] * job.grid[1], config.dim, device=cuda.device, dtype=torch.bfloat16)
+        features = tokens.transpose(1, 2).unflatten(2, job.grid)
+        cuda.allocator.empty_cache()
+        before = cuda.allocator.reserved
+        torch.empty(segment, dtype=torch.uint8, device=cuda.device)
+        pixels, out = torch.empty(1, 3, job.height, job.width), torch.empty(1, 3, job.height, job.width)
+        read, write = reading(pixels, cuda.device, torch.bfloat16), writing_velocity(out)
+        decode_tiled(decoder, plan, (job.height, job.width), read, features, write)
+        return cuda.allocator.peak_reserved - before
+
+
+@pytest.mark.parametrize(("family", "width", "height"), FULL_SIZES)
+@pytest.mark.parametrize("limit", [250 << 20, 1000 << 20, 3000 << 20])
+def test_the_predicted_segment_holds_the_decoder(family: str, width: int, height: int, limit: int):
+    config = PUBLISHED[family]
+    job = DecoderJob.of(config, width, height)
+    plan = choose_plan(job, limit, itemsize=2)
+    memory = decoder_memory(job, plan, itemsize=2, room=1)
+
+    reserved = reserved_for(job, plan, config, memory.segment)
+
+    assert memory.tensors <= memory.segment <= reserved
+    assert reserved <= memory.segment + (4 << 20), "what is under 1 MiB lies elsewhere"
 
 
 @pytest.mark.parametrize(

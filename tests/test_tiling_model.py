@@ -140,7 +140,7 @@ def test_a_block_updates_the_very_buffer_it_was_given():
 
     state = model.prelude(pixels, t, caption, TINY.slices())
     assert state.room is not None
-    address = state.room.data_ptr()
+    address = state.room.tokens.data_ptr()
     for block in model.blocks():
         state = block.visit(state, slices=TINY.slices())
 
