@@ -103,7 +103,12 @@ def measured(
     OpenMP's threads sleep while they wait, as under the command line.
     """
     with memory_group(limit) as group:
-        variables = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **(environment or {}), STARTED: str(time.perf_counter())}
+        variables = {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            **os.environ,
+            **(environment or {}),
+            STARTED: str(time.perf_counter()),
+        }
         done = subprocess.run(
             [python, *arguments], stdout=subprocess.PIPE, text=True, env=variables, preexec_fn=group.enter
         )
