@@ -259,7 +259,8 @@ def test_int8_arithmetic_keeps_to_its_predicted_bytes(
 
     working = working_bytes(torch.device("cpu"), min(sizes.tokens, tokens), config.ffn_dim)
     predicted = activations.block_bytes(config, tokens, sizes, 2, scratch_bytes=0, int8_bytes=working)
-    assert 0.8 * predicted <= beside <= 1.02 * predicted
+    # One prediction for all kernels, of the greediest: others take up to a quarter less.
+    assert 0.75 * predicted <= beside <= 1.02 * predicted
 
 
 @pytest.mark.parametrize(("tokens", "sizes"), COUNTED)
