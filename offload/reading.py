@@ -93,8 +93,10 @@ class PositionalFile:
         self._unwanted.clear()
 
     def close(self) -> None:
-        self._drop()
-        os.close(self._descriptor)
+        try:
+            self._drop()
+        finally:
+            os.close(self._descriptor)
 
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
