@@ -102,7 +102,7 @@ class StreamedWeights:
         for tiling in tilings(self._config, work):
             activations = device_activations(self._config, work, tiling, on_cpu=on_cpu)
             phase = f"{work.width}x{work.height}"
-            demand = Work(phase, self._blocks, seconds, activations, self._once, work.host_bytes)
+            demand = Work(phase, self._blocks, seconds, activations, self._once, work.host_bytes, work.computed)
             try:
                 self._streamer.require_room(self._checkpoint, demand)
             except BudgetError as error:

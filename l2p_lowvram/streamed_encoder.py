@@ -105,4 +105,11 @@ class StreamedTextEncoder:
         widest = longest * (3 * config.intermediate_size + 6 * inner) + config.num_attention_heads * longest**2
         activations = 4 * (2 * tokens * config.hidden_size + widest) + _CONVERTED_BYTES
         seconds = {block.name: tokens * block.nbytes / 60e9 for block in self._blocks}
-        return Work("text encoder", self._blocks, seconds, activations, once=[b.name for b in self._blocks])
+        return Work(
+            "text encoder",
+            self._blocks,
+            seconds,
+            activations,
+            once=[block.name for block in self._blocks],
+            computed=frozenset({self.dtype}),
+        )

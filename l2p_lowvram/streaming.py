@@ -4,7 +4,7 @@ The modules are on the meta device; `WeightStream.visit` lends them the weights 
 these come from is decided per phase (text encoder, denoising) from block sizes and budgets alone:
 
     CPU, CUDA          a ring of slots filled by parallel reads, blocks that fit staying for the run
-    CPU, io "mmap"     the mapped file itself, the next block's pages asked for ahead
+    CPU, io "mmap"     the mapped file itself, within the same plan: its pages brought ahead and let go of
     other devices      the mapped file, copied block by block; there is no ring for them yet
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -41,6 +41,7 @@ from offload.blocks import Extent
 from offload.devices import aligned_buffer
 from offload.mapped import MappedBlocks, read_source
 from offload.memory import available_device_bytes, available_host_bytes, process_memory
+from offload.paged import PagedBlocks, copied_bytes
 from offload.pinned import system_pin_limit
 from offload.timeline import Timeline
 
@@ -62,6 +63,9 @@ _STAGING_BYTES = 64 << 20
 # For the planner alone: rough, and the same on every run, so that plans are. Plans are made for slow
 # machines: on a faster one a block more than necessary stays, which costs nothing.
 _DISK_RATE, _CACHED_RATE, _LINK_RATE = 1.5e9, 5e9, 6e9
+# Of all blocks, what visits of the mapped file may copy before slots are the better place. The copies are made by the
+# thread that computes.
+_MOST_COPIED = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class Work:
 
     phase: for reports and messages. seconds: rough compute time per visit of each block. activations: peak
     bytes beside the weights. once: blocks visited at the start only, the others round and round. host_bytes:
-    taken in host memory beside a device.
+    taken in host memory beside a device. computed: dtypes of activations; weights of another one are converted
+    before they are multiplied.
     """
 
     phase: str
@@ -104,6 +109,18 @@ class Work:
     activations: int
     once: Collection[str] = ()
     host_bytes: int = 0
+    computed: frozenset[torch.dtype] | None = None
+
+    @property
+    def copied_share(self) -> float:
+        """Of the blocks' bytes, what visits of the mapped file would copy."""
+        copied = sum(copied_bytes(block, self.computed) for block in self.blocks)
+        return copied / max(sum(block.nbytes for block in self.blocks), 1)
+
+    def with_copies(self) -> Work:
+        """Its activations, and what one visit of the mapped file copies."""
+        most = max((copied_bytes(block, self.computed) for block in self.blocks), default=0)
+        return replace(self, activations=self.activations + most)
 
     def costs(self) -> list[BlockCost]:
         return [
@@ -113,11 +130,19 @@ class Work:
 
 
 class BlockSource(Protocol):
-    """What `Ring` and `MappedBlocks` have in common."""
+    """What `Ring`, `PagedBlocks` and `MappedBlocks` have in common.
+
+    copied_bytes: over a link. read_bytes: from files, but for what a `Reader` counts.
+    """
 
     timeline: Timeline
     visits: int
-    copied_bytes: int
+
+    @property
+    def copied_bytes(self) -> int: ...
+
+    @property
+    def read_bytes(self) -> int: ...
 
     def visit(self, name: str) -> AbstractContextManager[Mapping[str, Tensor]]: ...
 
@@ -200,7 +225,7 @@ class WeightStream:
 
     @property
     def read_bytes(self) -> int:
-        return 0 if self._reader is None else self._reader.read_bytes
+        return self.source.read_bytes + (0 if self._reader is None else self._reader.read_bytes)
 
     @property
     def closed(self) -> bool:
@@ -236,9 +261,11 @@ class Streamer:
 
     def open(self, model: nn.Module, checkpoint: Checkpoint, work: Work) -> WeightStream:
         """Plan the phase, take its memory, start reading. Raises BudgetError, CheckpointError, OSError."""
-        io = self._choose_io(checkpoint)
-        if self._computes_mapped(io):
+        io = self._choose_io(checkpoint, work)
+        if not self._has_ring:
             return self._open_mapped(model, checkpoint, work, io)
+        if self._computes_mapped(io):
+            return self._open_paged(model, checkpoint, work.with_copies(), io)
         plan = self._plan_with_room(work)
         with ExitStack() as stack:
             # Entered first, and so called when the ring is closed: the next phase needs other sizes.
@@ -280,10 +307,8 @@ class Streamer:
 
     def require_room(self, checkpoint: Checkpoint, work: Work) -> None:
         """Raise BudgetError unless the phase fits, no other being open."""
-        if self._computes_mapped(self._choose_io(checkpoint)):
-            self._room_for_pages(work, ())
-        else:
-            self.plan(work)
+        if self._has_ring:
+            self.plan(work.with_copies() if self._computes_mapped(self._choose_io(checkpoint, work)) else work)
 
     def told(self, work: Work) -> str:
         """`6 blocks stay, 31 stream, 1.95 GiB in all`."""
@@ -314,35 +339,39 @@ class Streamer:
             self.close_streams()
             return self.plan(work)
 
+    def _open_paged(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
+        plan = self._plan_with_room(work)
+        with ExitStack() as stack:
+            reader = stack.enter_context(self.open_reader(checkpoint, "read"))
+            source = stack.enter_context(
+                PagedBlocks(
+                    checkpoint,
+                    work.blocks,
+                    plan,
+                    once=work.once,
+                    keep_cache=self.options.ram is None,
+                    computed=work.computed,
+                )
+            )
+            stream = WeightStream(
+                model, work, source, stack.pop_all(), io, checkpoint=checkpoint, reader=reader, plan=plan
+            )
+        self.streams.append(stream)
+        return stream
+
     def _open_mapped(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
         with ExitStack() as stack:
-            keep = self._room_for_pages(work, self.streams)
-            blocks = stack.enter_context(MappedBlocks(checkpoint, work.blocks, self.device, keep_bytes=keep))
+            blocks = stack.enter_context(MappedBlocks(checkpoint, work.blocks, self.device))
             stream = WeightStream(model, work, blocks, stack.pop_all(), io, checkpoint=checkpoint)
         self.streams.append(stream)
         return stream
 
-    def _room_for_pages(self, work: Work, beside: Sequence[WeightStream]) -> int | None:
-        """Bytes of mapped pages that may stay between visits; None without a budget. Raises BudgetError."""
-        if self.options.ram is None or self.device.type != "cpu":
-            return None
-        budget = self._host_budget(work, beside)
-        # The block at hand and the one whose pages are being brought.
-        passing = 2 * max((block.nbytes for block in work.blocks), default=0)
-        if passing > budget.weights:
-            needed = budget.activations + budget.reserved + passing
-            raise BudgetError(
-                f"{work.phase}: RAM budget {format_bytes(budget.device)} is too small: two mapped blocks "
-                f"{format_bytes(passing)} + activations {format_bytes(budget.activations)} + reserved "
-                f"{format_bytes(budget.reserved)}; the nearest plan that fits takes {needed} bytes; "
-                "give more with --ram",
-                needed,
-            )
-        return budget.weights - passing
+    @property
+    def _has_ring(self) -> bool:
+        return self.device.type in ("cpu", "cuda")
 
     def _computes_mapped(self, io: IoChoice) -> bool:
-        has_ring = self.device.type in ("cpu", "cuda")
-        return not has_ring or (io.io == "mmap" and self.device.type == "cpu")
+        return io.io == "mmap" and self.device.type == "cpu"
 
     def ring_device(self) -> Device:
         """What rings run on; made when the first one opens."""
@@ -356,7 +385,7 @@ class Streamer:
                 self._ring_device = CudaDevice(self.device, pin_limit=self.options.pin, memory_limit=limit, timing=True)
         return self._ring_device
 
-    def _choose_io(self, checkpoint: Checkpoint) -> IoChoice:
+    def _choose_io(self, checkpoint: Checkpoint, work: Work) -> IoChoice:
         if self.options.io != "auto":
             return IoChoice(self.options.io, None, f"{self.options.io}, as asked for")
         size = sum(identity.size for identity in checkpoint.identities.values())
@@ -364,8 +393,14 @@ class Streamer:
             return IoChoice("read", None, f"read: {format_bytes(size)} are not worth a probe")
         key = str(checkpoint.files)
         if key not in self._probes:
-            self._probes[key] = probe_io(checkpoint, rounds=3, round_bytes=8 << 20)
+            in_place = self.device.type == "cpu"
+            self._probes[key] = probe_io(checkpoint, rounds=3, round_bytes=8 << 20, in_place=in_place)
         probe = self._probes[key]
+        if self._computes_mapped(IoChoice(probe.io, None, "")):
+            share = work.copied_share
+            if share > _MOST_COPIED:
+                reason = f"{probe.reason_of(probe.reader)}; mmap would copy {share:.0%}"
+                return IoChoice(probe.reader, probe.rates[probe.reader], reason)
         return IoChoice(probe.io, probe.rates[probe.io], probe.reason)
 
     def _host_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:

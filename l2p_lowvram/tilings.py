@@ -62,6 +62,11 @@ class PictureWork:
         return stream_dtype(self.dtype).itemsize
 
     @property
+    def computed(self) -> frozenset[torch.dtype]:
+        """Dtypes of activations."""
+        return frozenset({self.dtype, stream_dtype(self.dtype)})
+
+    @property
     def branches(self) -> int:
         return self.pictures * (2 if self.guided else 1)
 

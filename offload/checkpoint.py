@@ -30,6 +30,7 @@ from offload.header import (
     shown,
 )
 from offload.identity import FileIdentity
+from offload.paging import PageTable
 from offload.sizes import format_bytes
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -99,14 +100,11 @@ class Checkpoint:
             view = view.clone()
         return view.view(info.torch_dtype).reshape(info.shape)
 
-    def release(self, path: Path, offset: int, nbytes: int) -> None:
-        """Drop the pages of a range from memory, but for those it shares with its neighbours; a later use brings
-        them back. Does nothing where the system has no such call (Windows), or once closed."""
-        mapping = self._mappings.get(path)
-        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        stop = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if mapping is not None and start < stop and hasattr(mapping, "madvise"):
-            mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    def pages(self, path: Path) -> PageTable:
+        """To bring in and let go of the pages of one of `files`. Its owner closes it. Raises ValueError, OSError."""
+        if self._mapped is None:
+            raise ValueError(f"{path}: the checkpoint is closed, its pages cannot be brought in")
+        return PageTable(path, self._mappings[path], self._mapped[path])
 
     def close(self) -> None:
         """Let go of the files. Each stays mapped until the last tensor taken from it is gone."""

@@ -50,3 +50,13 @@ class FileIdentity:
             self.check(path, os.fstat(file.fileno()))
         if now.header_sha256 != self.header_sha256:
             raise CheckpointError(path, "has another header than when it was opened; the file was replaced")
+
+
+def check_before_read(identity: FileIdentity, path: Path, label: str) -> None:
+    """Raise CheckpointError unless the file at `path` still is the one of `identity`, by size and time."""
+    try:
+        identity.check(path, path.stat())
+    except FileNotFoundError as error:
+        raise CheckpointError(path, f"was removed before block {label} was read") from error
+    except CheckpointError as error:
+        raise CheckpointError(path, f"{error.reason} (before reading block {label})") from None

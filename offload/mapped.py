@@ -1,23 +1,20 @@
-"""Blocks used where the file is mapped: nothing is read ahead of use but pages, nothing is copied but what must be.
+"""Blocks taken out of the mapped file when they are visited: the plain way, without a budget or a thread.
 
-The plain way of visiting blocks, for computing on a CPU out of the page cache and for devices that the
-ring has no implementation for. A file cut short while it is mapped ends the process (SIGBUS), which is
-why streaming reads instead.
+For devices that the ring has no implementation for. A file cut short while it is mapped ends the process (SIGBUS).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from offload.blocks import ALIGNMENT, Block, Extent, TensorSource
+from offload.blocks import ALIGNMENT, Block, TensorSource
 from offload.checkpoint import Checkpoint
 from offload.devices import aligned_buffer
 from offload.timeline import Timeline
@@ -26,12 +23,9 @@ from offload.timeline import Timeline
 class MappedBlocks:
     """`visit`s blocks of an open checkpoint as `Ring` does, one at a time. A context manager.
 
-    On the CPU the tensors are views of the mapping, but for those that have to be put together from
-    parts, and floats that the file does not align (kernels round by address: these bits are those of the
-    ring's slots); elsewhere they are copies on `device`, gone with the visit. While one block is computed on, the
-    system is asked to bring the pages of the next one, in the order of `blocks`, round and round.
-    keep_bytes: of the file's pages, what may stay in memory between visits; None for all. The first blocks
-    stay, always the same ones, and the pages of the others are let go of after each visit.
+    On the CPU the tensors are those of `read_aligned`; elsewhere they are copies on `device`, gone with the visit.
+    While one block is computed on, the system is asked to bring the pages of the next one, in the order of
+    `blocks`, round and round. `PagedBlocks` brings them itself, and keeps within a budget.
     Owns one descriptor per file until `close`; the checkpoint is the caller's.
     """
 
@@ -40,17 +34,15 @@ class MappedBlocks:
         checkpoint: Checkpoint,
         blocks: Sequence[Block],
         device: torch.device | None = None,
-        *,
-        keep_bytes: int | None = None,
     ) -> None:
         self.copied_bytes = 0
+        self.read_bytes = 0  # nobody counts pages here
         self.visits = 0
         self.timeline = Timeline()
         self._checkpoint = checkpoint
         self._blocks = {block.name: block for block in blocks}
         self._next = dict(zip(self._blocks, [*list(blocks)[1:], *list(blocks)[:1]], strict=True))
         self._device = torch.device("cpu") if device is None else device
-        self._passing = frozenset() if keep_bytes is None else _beyond(blocks, keep_bytes)
         self._descriptors: dict[Path, int] = {}
         if hasattr(os, "posix_fadvise"):
             try:
@@ -73,13 +65,6 @@ class MappedBlocks:
             yield weights
         finally:
             self.timeline.add("compute", name, lent, time.perf_counter())
-            if name in self._passing:
-                self._let_go(self._blocks[name])
-
-    def _let_go(self, block: Block) -> None:
-        for extent in block.layout.extents:
-            self._checkpoint.release(extent.path, extent.offset, extent.nbytes)
-            self._advise(extent, "POSIX_FADV_DONTNEED")
 
     def _tensor(self, source: TensorSource) -> Tensor:
         if self._device.type == "cpu":
@@ -91,11 +76,9 @@ class MappedBlocks:
     def prefetch(self, name: str) -> None:
         """Ask the system to bring the pages of a block; returns at once."""
         for extent in self._blocks[name].layout.extents:
-            self._advise(extent, "POSIX_FADV_WILLNEED")
-
-    def _advise(self, extent: Extent, advice: str) -> None:
-        if extent.path in self._descriptors:
-            os.posix_fadvise(self._descriptors[extent.path], extent.offset, extent.nbytes, getattr(os, advice))
+            if extent.path in self._descriptors:
+                descriptor = self._descriptors[extent.path]
+                os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close the descriptors. May be called twice."""
@@ -109,20 +92,25 @@ class MappedBlocks:
         self.close()
 
 
-def _beyond(blocks: Sequence[Block], keep_bytes: int) -> frozenset[str]:
-    """The blocks that do not fit into `keep_bytes` after those before them."""
-    ends = accumulate(block.nbytes for block in blocks)
-    return frozenset(block.name for block, end in zip(blocks, ends, strict=True) if end > keep_bytes)
+def is_used_in_place(source: TensorSource, computed: Collection[torch.dtype] | None = None) -> bool:
+    """Whether `read_aligned` gives a view of the mapped file."""
+    info = source.parts[0].tensor
+    is_multiplied = info.torch_dtype.is_floating_point and (computed is None or info.torch_dtype in computed)
+    return source.is_view and info.offset % (ALIGNMENT if is_multiplied else info.torch_dtype.itemsize) == 0
 
 
-def read_aligned(checkpoint: Checkpoint, source: TensorSource) -> Tensor:
+def read_aligned(
+    checkpoint: Checkpoint, source: TensorSource, computed: Collection[torch.dtype] | None = None
+) -> Tensor:
     """`read_source`, floats that the file does not align copied to where a slot would align them.
 
     CPU kernels round by address: so the same arithmetic has the same bits here and in a slot. Integers
-    are never computed on as they lie.
+    are never computed on as they lie, nor floats of a dtype that is not in `computed` (None: all are).
     """
     tensor = read_source(checkpoint, source)
-    if not tensor.dtype.is_floating_point or tensor.data_ptr() % ALIGNMENT == 0 or tensor.numel() == 0:
+    if is_used_in_place(source, computed) or not tensor.dtype.is_floating_point or tensor.numel() == 0:
+        return tensor
+    if tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     copy = aligned_buffer(tensor.nbytes).view(tensor.dtype).reshape(tensor.shape)
     return copy.copy_(tensor)

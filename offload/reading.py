@@ -16,8 +16,9 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,7 +34,8 @@ from torch import Tensor
 from offload.blocks import Extent
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
-from offload.identity import FileIdentity
+from offload.identity import FileIdentity, check_before_read
+from offload.paging import PageTable
 
 PIECE_BYTES = 1 << 20
 THREADS = 4
@@ -331,7 +333,7 @@ class Reader:
         Raises CheckpointError when a file changed; errors of the reads come from the job.
         """
         for path in sorted({extent.path for extent in extents}):
-            self._check(label, path)
+            check_before_read(self._identities[path], path, label)
         target: _Bytes = buffer.numpy()
         spans = [
             (extent, start) for extent in extents for start in range(0, extent.nbytes, self._piece_bytes)
@@ -345,14 +347,6 @@ class Reader:
             self._pieces.put(_Piece(job, label, extent.path, extent.offset + start, view, drop_cache))
         self.read_bytes += sum(extent.nbytes for extent in extents)
         return job
-
-    def _check(self, label: str, path: Path) -> None:
-        try:
-            self._identities[path].check(path, path.stat())
-        except FileNotFoundError as error:
-            raise CheckpointError(path, f"was removed before block {label} was read") from error
-        except CheckpointError as error:
-            raise CheckpointError(path, f"{error.reason} (before reading block {label})") from None
 
     def _work(self) -> None:
         """What each thread does until it meets a None."""
@@ -404,14 +398,21 @@ class Reader:
 # The plainest way first, and by how much another has to beat it. What a short probe on a busy machine says is
 # worth little more; and a mapping of a file that is cut short ends the process.
 _MARGINS = {"read": 1.0, "direct": 1.15, "mmap": 1.3}
+# Of the rate of the fastest reader and of its processor time: what pages brought in place must reach, and may take.
+_PAGED_RATE, _PAGED_PROCESSOR = 0.5, 0.5
 
 
 @dataclass(frozen=True)
 class IoProbe:
-    """What each way of reading a file does here, in bytes per second of each round, and why some are not available."""
+    """What each way of reading a file does here, in bytes per second of each round, and why some are not available.
+
+    processor: where "mmap" is computing on the mapped file, which takes its processors from reading: seconds of
+    processor time per byte, of each round. Else None, and "mmap" is copying out of the mapping.
+    """
 
     rounds: Mapping[str, Sequence[float]]
     refused: Mapping[str, str]
+    processor: Mapping[str, Sequence[float]] | None = None
 
     @property
     def rates(self) -> dict[str, float]:
@@ -420,23 +421,52 @@ class IoProbe:
 
     @property
     def io(self) -> str:
-        """The fastest way; a plainer one is kept unless another is clearly faster, in every round."""
+        """The best way: of readers the fastest, a plainer one being kept unless another is clearly faster, in every
+        round; "mmap" in place where it clearly spares the processors and is not much slower."""
+        return "mmap" if self._spares_processors else self.reader
+
+    @property
+    def reader(self) -> str:
+        """`io`, of the ways that copy into buffers."""
         rates = self.rates
-        chosen = next(io for io in _MARGINS if io in rates)
-        for io, margin in _MARGINS.items():
-            is_clear = io in rates and min(self.rounds[io]) > max(self.rounds[chosen])
-            if is_clear and rates[io] > margin * rates[chosen]:
+        ways = [io for io in _MARGINS if io in rates and (io != "mmap" or self.processor is None)]
+        chosen = ways[0] if ways else "read"
+        for io in ways:
+            is_clear = min(self.rounds[io]) > max(self.rounds[chosen])
+            if is_clear and rates[io] > _MARGINS[io] * rates[chosen]:
                 chosen = io
         return chosen
 
     @property
+    def _spares_processors(self) -> bool:
+        if self.processor is None or "mmap" not in self.rounds or self.reader not in self.rounds:
+            return False
+        mapped, read = self.processor["mmap"], self.processor[self.reader]
+        return (
+            self.rates["mmap"] >= _PAGED_RATE * self.rates[self.reader]
+            and statistics.median(mapped) <= _PAGED_PROCESSOR * statistics.median(read)
+            and max(mapped) < min(read)
+        )
+
+    @property
     def reason(self) -> str:
         """Why, in a line."""
-        rates, chosen = self.rates, self.io
-        measured = ", ".join(f"{name} {rate / 1e9:.2f} GB/s" for name, rate in rates.items())
-        plainer = "" if rates[chosen] == max(rates.values()) else " (no other is clearly faster)"
+        return self.reason_of(self.io)
+
+    def reason_of(self, chosen: str) -> str:
+        """Why it is `chosen`, which is `io` or `reader`."""
+        rates = self.rates
+        measured = ", ".join(f"{io} {rate / 1e9:.2f} GB/s{self._told_processor(io)}" for io, rate in rates.items())
+        readers = [rate for io, rate in rates.items() if io != "mmap" or self.processor is None]
+        is_plainer = chosen in rates and chosen == self.reader and rates[chosen] < max(readers)
+        plainer = " (no other is clearly faster)" if is_plainer else ""
         unavailable = "".join(f"; {name} not available: {why}" for name, why in self.refused.items())
         return f"{chosen}{plainer}: {measured}{unavailable}"
+
+    def _told_processor(self, io: str) -> str:
+        if self.processor is None:
+            return ""
+        return f" at {statistics.median(self.processor[io]) * 1e9:.2f} s/GB of processor"
 
 
 def probe_io(
@@ -445,46 +475,64 @@ def probe_io(
     rounds: int = 5,
     round_bytes: int = 16 << 20,
     threads: int = THREADS,
+    in_place: bool = False,
 ) -> IoProbe:
     """Time each way of reading on ranges of the largest file that it alone touches, in turns.
 
+    in_place: what is mapped is computed on where it lies, on the processors that reading takes time of; else "mmap"
+    copies out of the mapping.
     Reads at most 3 * rounds * round_bytes, spread over the file. What is in the page cache stays there
     and counts: a file that is cached is read fastest through the cache.
     """
     path = max(checkpoint.files, key=lambda file: checkpoint.identities[file].size)
     rates: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {}
     refused: dict[str, str] = {}
-    readers: dict[str, Reader] = {}
-    try:
+    with ExitStack() as stack:
+        ways: dict[str, Callable[[Extent], None]] = {}
+        buffer = torch.from_numpy(np.empty(round_bytes, np.uint8))
         for io in _MARGINS:
             try:
-                readers[io] = Reader(checkpoint, io=io, threads=threads)
+                if io == "mmap" and in_place:
+                    ways[io] = _paging(stack.enter_context(closing(checkpoint.pages(path))))
+                else:
+                    ways[io] = _reading(stack.enter_context(Reader(checkpoint, io=io, threads=threads)), buffer)
             except OSError as error:
                 refused[io] = error.strerror or str(error)
-        places = _places(checkpoint.identities[path].size, rounds * len(readers), round_bytes)
-        buffer = np.empty(round_bytes, np.uint8)
+        places = _places(checkpoint.identities[path].size, rounds * len(ways), round_bytes)
         for turn, (offset, nbytes) in enumerate(places):
-            io = list(readers)[turn % len(readers)]
+            io = list(ways)[turn % len(ways)]
             try:
-                rate = _timed_read(readers[io], Extent(path, offset, nbytes, 0), buffer)
-                rates.setdefault(io, []).append(rate)
+                seconds, of_processor = _timed(ways[io], Extent(path, offset, nbytes, 0))
+                rates.setdefault(io, []).append(nbytes / seconds)
+                processor.setdefault(io, []).append(of_processor / nbytes)
             except OSError as error:  # some file systems refuse direct reads only now
                 refused[io] = error.strerror or str(error)
-    finally:
-        for reader in readers.values():
-            reader.close()
     kept = {io: found for io, found in rates.items() if io not in refused}
-    return IoProbe(MappingProxyType(kept), MappingProxyType(refused))
+    return IoProbe(MappingProxyType(kept), MappingProxyType(refused), MappingProxyType(processor) if in_place else None)
+
+
+def _reading(reader: Reader, buffer: Tensor) -> Callable[[Extent], None]:
+    return lambda extent: reader.submit("probe", [extent], buffer).wait()
+
+
+def _paging(pages: PageTable) -> Callable[[Extent], None]:
+    def bring(extent: Extent) -> None:
+        pages.expect(extent.offset, extent.nbytes)
+        pages.populate(extent.offset, extent.nbytes)
+        pages.let_go(extent.offset, extent.nbytes, drop_cache=False)
+
+    return bring
+
+
+def _timed(way: Callable[[Extent], None], extent: Extent) -> tuple[float, float]:
+    """Seconds, and of them those of the processors, all threads of the process together."""
+    started, used = time.perf_counter(), time.process_time()
+    way(extent)
+    return max(time.perf_counter() - started, 1e-9), time.process_time() - used
 
 
 def _places(size: int, count: int, nbytes: int) -> list[tuple[int, int]]:
     """`count` ranges (offset, length) of at most `nbytes` spread over `size` bytes; disjoint where they fit."""
     nbytes = max(1, min(nbytes, size // count))
     return [(index * (size - nbytes) // max(count - 1, 1), nbytes) for index in range(count)]
-
-
-def _timed_read(reader: Reader, extent: Extent, buffer: _Bytes) -> float:
-    """Bytes per second."""
-    started = time.perf_counter()
-    reader.submit("probe", [extent], torch.from_numpy(buffer)).wait()
-    return extent.nbytes / max(time.perf_counter() - started, 1e-9)

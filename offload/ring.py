@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, cycle
+from itertools import count
 from typing import Protocol
 
 from torch import Tensor
@@ -32,6 +32,7 @@ from torch import Tensor
 from offload.blocks import ALIGNMENT, Block, Extent
 from offload.devices import Cancelled, Device, Event, Stream, Wait, Worker
 from offload.residency import ResidencyPlan, SlotCycle, Tier
+from offload.rounds import Rounds
 from offload.timeline import Timeline
 
 STAGING_BUFFERS = 4
@@ -88,6 +89,7 @@ class Ring:
     ) -> None:
         self.seeks = 0
         self.copied_bytes = 0
+        self.read_bytes = 0  # the reader counts
         self.visits = 0
         self.timeline = Timeline()
         self._keep_cache = keep_cache
@@ -100,8 +102,7 @@ class Ring:
         # Before the homes: where pins run short, the buffers that every streamed byte passes come first.
         self._staging = _staging(plan, device)
         self._homes = _homes(blocks, plan, device)
-        self._index = {home.block.name: index for index, home in enumerate(self._homes)}
-        self._rounds = [index for index, home in enumerate(self._homes) if home.block.name not in once]
+        self._rounds = Rounds([home.block.name for home in self._homes], once)
         self._slots = _slots(plan, device)
         self._cycle = SlotCycle(len(self._slots)) if self._slots else None
         self._chunk_bytes = self._staging[0].buffer.nbytes if self._staging else CHUNK_BYTES
@@ -126,7 +127,7 @@ class Ring:
             raise ValueError(f"block {name} cannot be visited: {self._visiting or 'the ring is closed'}")
         asked = time.perf_counter()
         self._timer.asked(name)
-        visit = self._take(self._index[name])
+        visit = self._take(self._rounds.index[name])
         compute = self._computed_on = self._device.compute_stream()
         self._await_ready(visit, compute)
         self._timer.begun()
@@ -166,13 +167,7 @@ class Ring:
 
     def _next_moving(self) -> int | None:
         """The block that the courier brings next; None after the last, where there are no rounds."""
-        order = [*range(self._cursor, len(self._homes)), *self._rounds]
-        return next((index for index in order if self._homes[index].settled is None), None)
-
-    def _order(self, start: int) -> Iterator[int]:
-        """Indices from `start` on, round and round; blocks visited once are skipped from the first wrap on."""
-        yield from range(start, len(self._homes))
-        yield from cycle(self._rounds)
+        return self._rounds.next(self._cursor, lambda index: self._homes[index].settled is None)
 
     def _await_ready(self, visit: _Visit, compute: Stream) -> None:
         compute.wait(visit.ready)
@@ -274,8 +269,8 @@ class Ring:
         read = {index for index, home in enumerate(self._homes) if home.image_filled}
         staging = count()
         number = 0
-        for index in self._order(start):
-            if index in self._rounds and done.issuperset(self._rounds):
+        for index in self._rounds.order(start):
+            if index in self._rounds.repeated and done.issuperset(self._rounds.repeated):
                 return
             if index in done:
                 continue

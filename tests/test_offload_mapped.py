@@ -83,30 +83,3 @@ def test_a_scalar_stored_once_is_repeated(tmp_path: Path) -> None:
         source = TensorSource("scale", (3, 1), torch.float32, (Part(info, (3, 1)),))
 
         assert torch.equal(read_source(checkpoint, source), torch.full((3, 1), 0.5))
-
-
-def test_blocks_beyond_what_may_be_kept_are_let_go_of(tmp_path: Path) -> None:
-    block_bytes = 1 << 20
-    save_file({f"{i}.w": torch.full((block_bytes,), i, dtype=torch.int8) for i in range(4)}, tmp_path / "m.safetensors")
-    with Checkpoint.open(tmp_path / "m.safetensors") as checkpoint:
-        blocks = [Block.under(checkpoint, f"{index}.") for index in range(4)]
-        with MappedBlocks(checkpoint, blocks, keep_bytes=2 * block_bytes) as mapped:
-            for _ in range(2):
-                for block in blocks:
-                    with mapped.visit(block.name) as weights:
-                        assert int(weights["w"].sum(dtype=torch.int64)) == block_bytes * int(block.name)
-            held = resident_bytes(tmp_path / "m.safetensors")
-
-    # The two that are kept, and up to a page at either end of the others.
-    assert 2 * block_bytes <= held <= 2 * block_bytes + 4 * 2 * 65536
-
-
-def resident_bytes(path: Path) -> int:
-    """Of the mappings of a file, what is in this process's resident set."""
-    found, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ", 1)[0] and not line.split(" ", 1)[0].endswith(":"):
-            inside = line.endswith(str(path))
-        elif inside and line.startswith("Rss:"):
-            found += int(line.split()[1]) * 1024
-    return found

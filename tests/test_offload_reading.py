@@ -175,7 +175,7 @@ def test_a_file_cut_short_while_it_is_read_ends_in_an_error(
 ) -> None:
     if not supported(path, io):
         pytest.skip(f"{io} is not available here")
-    monkeypatch.setattr(Reader, "_check", lambda self, label, path: None)
+    monkeypatch.setattr(reading_module, "check_before_read", lambda identity, path, label: None)
 
     with Checkpoint.open(path) as checkpoint, Reader(checkpoint, io=io) as reader:
         os.truncate(path, 100_000)

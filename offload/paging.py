@@ -1,0 +1,111 @@
+"""Pages of mapped files: brought in before they are used, let go of afterwards.
+
+A page that is there is used where it lies, so nothing is copied; bringing it takes a processor next to no time
+where the file system has large folios and many milliseconds a gigabyte where it does not. A short probe tells.
+
+What each call does on Linux (madvise(2), posix_fadvise(2)); elsewhere pages are brought by touching them.
+
+    expect      MADV_HUGEPAGE: the kernel reads 2 MiB at a time and maps them in one piece
+    populate    MADV_POPULATE_READ (Linux 5.14): unlike a touch, it fails with an error where a file was cut short
+    let_go      MADV_DONTNEED, then POSIX_FADV_DONTNEED: unmapped first, since mapped pages stay
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+
+# Linux's number; the mmap module has no name for it.
+_MADV_POPULATE_READ = 22
+HUGE_PAGE = 2 << 20
+
+_Bytes = npt.NDArray[np.uint8]
+
+
+class PageTable:
+    """The pages of one mapped file, `mapped` being its bytes. Owns a descriptor until `close`. Raises OSError."""
+
+    def __init__(self, path: str | os.PathLike[str], mapping: mmap.mmap, mapped: _Bytes) -> None:
+        self._mapping = mapping
+        self._mapped = mapped
+        self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def expect(self, offset: int, nbytes: int) -> None:
+        """This range will be brought in, whole: large pages are welcome."""
+        # Rounded outwards: what the first page of a range is read with decides how those after it are.
+        start = offset // HUGE_PAGE * HUGE_PAGE
+        stop = -(-(offset + nbytes) // HUGE_PAGE) * HUGE_PAGE
+        self._advise("MADV_HUGEPAGE", start, min(stop, -(-self._mapped.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE))
+
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Bring a range into memory and map it; other Python threads run meanwhile.
+
+        Raises OSError where the system can tell that bytes cannot be had; else touching them ends the process.
+        """
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        _populate(self._mapped[start : offset + nbytes])
+
+    def let_go(self, offset: int, nbytes: int, *, drop_cache: bool = True) -> None:
+        """Unmap a range but for pages that it shares with its neighbours; if `drop_cache` also put it out of the
+        page cache. What is still mapped by anyone stays there."""
+        pages = (-(-offset // mmap.PAGESIZE) * mmap.PAGESIZE, (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE)
+        self._advise("MADV_DONTNEED", *pages)
+        if drop_cache and self._descriptor is not None and hasattr(os, "posix_fadvise"):
+            # A large page that the block before shares was kept for this one.
+            start = offset // HUGE_PAGE * HUGE_PAGE
+            os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
+
+    def _advise(self, name: str, start: int, stop: int) -> None:
+        """Of whole pages."""
+        if start < stop and hasattr(mmap, name):
+            with suppress(OSError):  # a kernel without it; it is only advice
+                self._mapping.madvise(getattr(mmap, name), start, stop - start)
+
+    def close(self) -> None:
+        """Close the descriptor; the mapping is its owner's. May be called twice."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def populate_by_touch(pages: _Bytes) -> None:
+    """Read one byte of each page, of bytes that begin on a page."""
+    pages[:: mmap.PAGESIZE].max(initial=0)
+
+
+def _kernel_call() -> Callable[[_Bytes], None] | None:
+    """MADV_POPULATE_READ through libc (mmap.madvise would keep other Python threads from running); None without it."""
+    if sys.platform != "linux":
+        return None
+    try:
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+    except (OSError, AttributeError):
+        return None
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def call(pages: _Bytes) -> None:
+        if madvise(pages.ctypes.data, pages.nbytes, _MADV_POPULATE_READ) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    try:
+        call(np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.uint8))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    return call
+
+
+_by_kernel = _kernel_call()
+# Whether a file cut short is an error rather than the end of the process.
+POPULATES_SAFELY = _by_kernel is not None
+_populate: Callable[[_Bytes], None] = _by_kernel or populate_by_touch

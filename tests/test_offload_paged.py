@@ -1,0 +1,389 @@
+"""Blocks computed on where they are mapped: brought in time, let go of after use, every fault an error."""
+
+import errno
+import mmap
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from offload import Block, Checkpoint, CheckpointError, IoProbe, probe_io
+from offload import paging as paging_module
+from offload.paged import PagedBlocks, copied_bytes
+from offload.paging import POPULATES_SAFELY, PageTable, populate_by_touch
+from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
+
+MIB = 1 << 20
+# (rows, columns) of the INT8 weight in each block: a first one of twice the size, as refiners are.
+ROWS = [4096, 2048, 2048, 2048, 2048]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [thread.name for thread in threading.enumerate() if "offload" in thread.name] == []
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    tensors: dict[str, Tensor] = {}
+    for index, rows in enumerate(ROWS):
+        tensors[f"{index}.weight"] = torch.randint(-128, 128, (rows, 1024), dtype=torch.int8)
+        tensors[f"{index}.scale"] = torch.rand(rows)
+        tensors[f"{index}.norm"] = torch.randn(7, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def checkpoint(path: Path) -> Iterator[Checkpoint]:
+    with Checkpoint.open(path) as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture
+def blocks(checkpoint: Checkpoint) -> list[Block]:
+    return [Block.under(checkpoint, f"{index}.") for index in range(len(ROWS))]
+
+
+def plan_for(blocks: Sequence[Block], device_bytes: int, slots: int | None = 2) -> ResidencyPlan:
+    costs = [BlockCost(block.name, block.nbytes, 1e-3) for block in blocks]
+    return plan_residency(costs, Rates(disk=1e9), Budget(device_bytes), slots=slots)
+
+
+def tight(blocks: Sequence[Block]) -> ResidencyPlan:
+    """A pair of small blocks, which the large one fills alone."""
+    return plan_for(blocks, 2 * blocks[1].nbytes + blocks[0].nbytes // 8)
+
+
+def walk(paged: PagedBlocks, blocks: Sequence[Block], steps: int, delays: Random | None = None) -> list[int]:
+    found = []
+    for _ in range(steps):
+        for block in blocks:
+            with paged.visit(block.name) as weights:
+                if delays is not None:
+                    time.sleep(delays.random() * 2e-3)
+                found.append(int(weights["weight"].sum(dtype=torch.int64)))
+    return found
+
+
+def sums(checkpoint: Checkpoint, steps: int) -> list[int]:
+    return steps * [int(checkpoint.tensor(f"{index}.weight").sum(dtype=torch.int64)) for index in range(len(ROWS))]
+
+
+class Pages:
+    """What of each file has been brought and not let go of, by whoever goes through a PageTable."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, delays: Random | None = None) -> None:
+        self.present: set[int] = set()  # pages
+        self.most = 0
+        whole_populate, whole_let_go = PageTable.populate, PageTable.let_go
+
+        def populate(table: PageTable, offset: int, nbytes: int) -> None:
+            if delays is not None:
+                time.sleep(delays.random() * 2e-3)
+            whole_populate(table, offset, nbytes)
+            self.present |= set(range(offset // mmap.PAGESIZE, -(-(offset + nbytes) // mmap.PAGESIZE)))
+            self.most = max(self.most, len(self.present))
+
+        def let_go(table: PageTable, offset: int, nbytes: int, *, drop_cache: bool = True) -> None:
+            whole_let_go(table, offset, nbytes, drop_cache=drop_cache)
+            self.present -= set(range(-(-offset // mmap.PAGESIZE), (offset + nbytes) // mmap.PAGESIZE))
+
+        monkeypatch.setattr(PageTable, "populate", populate)
+        monkeypatch.setattr(PageTable, "let_go", let_go)
+
+    def has(self, block: Block) -> bool:
+        return all(
+            set(range(extent.offset // mmap.PAGESIZE, -(-(extent.offset + extent.nbytes) // mmap.PAGESIZE)))
+            <= self.present
+            for extent in block.layout.extents
+        )
+
+
+def shared_pages(blocks: Sequence[Block]) -> int:
+    """At either end of each extent there may be one that belongs to a neighbour, too."""
+    return 2 * sum(len(block.layout.extents) for block in blocks)
+
+
+def test_a_visit_lends_views_of_the_file_and_copies_only_what_kernels_need_aligned(
+    checkpoint: Checkpoint, blocks: list[Block]
+) -> None:
+    block, norm = blocks[2], checkpoint.tensor("2.norm")
+    assert norm.data_ptr() % 256
+
+    for computed, is_copied in ((None, True), ({torch.bfloat16}, True), ({torch.float32}, False)):
+        with (
+            PagedBlocks(checkpoint, blocks, tight(blocks), computed=computed) as paged,
+            paged.visit(block.name) as weights,
+        ):
+            assert weights["weight"].data_ptr() == checkpoint.tensor("2.weight").data_ptr()
+            assert torch.equal(weights["norm"], norm)
+            assert (weights["norm"].data_ptr() != norm.data_ptr()) == is_copied
+            assert is_copied == (weights["norm"].data_ptr() % 256 == 0)
+            scale = checkpoint.tensor("2.scale").nbytes if computed != {torch.bfloat16} else 0
+            assert copied_bytes(block, computed) == scale + is_copied * norm.nbytes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_every_block_is_there_when_it_is_lent_and_never_more_than_planned(
+    checkpoint: Checkpoint, blocks: list[Block], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = plan_for(blocks, 1 << 40, slots=2)
+    plan = tight(blocks) if share == 0 else plan_for(blocks, int(sum(block.nbytes for block in blocks) * share))
+    pages = Pages(monkeypatch, Random(0))
+    with PagedBlocks(checkpoint, blocks, plan) as paged:
+        for _ in range(3):
+            for block in blocks:
+                with paged.visit(block.name):
+                    assert pages.has(block)
+        seeks = paged.seeks
+
+    held = plan.ring_bytes + sum(block.nbytes for block in blocks if plan.tiers[block.name] is Tier.DEVICE)
+    assert pages.most * mmap.PAGESIZE <= held + shared_pages(blocks) * mmap.PAGESIZE
+    assert len(pages.present) <= shared_pages(blocks)
+    assert seeks == 0
+    assert share < 1.0 or plan.count(Tier.DEVICE) == least.count(Tier.DEVICE) == len(blocks)
+
+
+def test_without_its_wait_a_block_is_lent_before_it_is_there(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hasty(PagedBlocks):
+        def _take(self, index: int) -> None:
+            self._seek(index)
+
+    pages = Pages(monkeypatch, Random(0))
+    with Hasty(checkpoint, blocks, tight(blocks)) as paged, paged.visit(blocks[0].name):
+        assert not pages.has(blocks[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_delays_change_nothing_and_never_block(
+    checkpoint: Checkpoint, blocks: list[Block], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pages(monkeypatch, Random(seed))
+    with PagedBlocks(checkpoint, blocks, tight(blocks)) as paged:
+        found = walk(paged, blocks, 4, Random(seed))
+        assert paged.seeks == 0
+        assert paged.read_bytes >= 4 * sum(block.layout.read_bytes for block in blocks)
+    assert found == sums(checkpoint, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of mappings")
+def test_the_system_holds_no_more_of_the_file_than_planned(
+    checkpoint: Checkpoint, blocks: list[Block], path: Path
+) -> None:
+    plan = tight(blocks)
+    most = 0
+    with PagedBlocks(checkpoint, blocks, plan) as paged:
+        for block in 2 * blocks:
+            with paged.visit(block.name) as weights:
+                weights["weight"].sum(dtype=torch.int64)
+                most = max(most, mapped_bytes(path))
+    # The kernel maps some pages around the one that is touched; large ones at the ends of a block.
+    assert blocks[0].nbytes <= most <= plan.ring_bytes + 2 * 2 * MIB
+    assert mapped_bytes(path) <= 2 * len(blocks) * 65536
+
+
+def mapped_bytes(path: Path) -> int:
+    """Of the mappings of a file, what is in this process's resident set."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0] and not line.split(" ", 1)[0].endswith(":"):
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_what_stays_is_brought_once(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    plan = plan_for(blocks, 1 << 40)
+    assert plan.count(Tier.DEVICE) == len(blocks)
+    with PagedBlocks(checkpoint, blocks, plan) as paged:
+        assert walk(paged, blocks, 3) == sums(checkpoint, 3)
+        assert paged.read_bytes == sum(block.layout.read_bytes for block in blocks)
+
+
+def test_blocks_visited_once_are_skipped_by_the_rounds(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    for plan in (tight(blocks), plan_for(blocks, 1 << 40)):
+        with PagedBlocks(checkpoint, blocks, plan, once=[blocks[0].name]) as paged:
+            found = walk(paged, blocks, 1) + walk(paged, blocks[1:], 3)
+            assert paged.seeks == 0
+            assert walk(paged, blocks, 1) == sums(checkpoint, 1)  # the courier comes back for it
+        assert found == sums(checkpoint, 1) + 3 * sums(checkpoint, 1)[1:]
+
+
+def test_blocks_can_be_visited_in_any_order(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    expected = sums(checkpoint, 1)
+    with PagedBlocks(checkpoint, blocks, tight(blocks)) as paged:
+        for index in (3, 1, 1, 4, 0, 2):
+            with paged.visit(blocks[index].name) as weights:
+                assert int(weights["weight"].sum(dtype=torch.int64)) == expected[index]
+        assert paged.seeks > 0
+
+
+def test_an_exception_inside_a_block_leaves_the_rest_usable(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    with PagedBlocks(checkpoint, blocks, tight(blocks)) as paged:
+        with pytest.raises(ZeroDivisionError), paged.visit(blocks[0].name):
+            _ = 1 / 0
+        assert walk(paged, blocks, 2) == sums(checkpoint, 2)
+
+
+def test_an_error_reaches_the_caller_with_block_and_offset_and_the_next_run_works(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, descriptors = blocks[3].layout.extents[0].offset, psutil.Process().num_fds()
+
+    def fail(table: PageTable, offset: int, nbytes: int) -> None:
+        if offset == bad:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with PagedBlocks(checkpoint, blocks, tight(blocks)) as paged:
+        with monkeypatch.context() as patched:
+            patched.setattr(PageTable, "populate", fail)
+            with pytest.raises(OSError, match=rf"block 3: \d+ bytes at byte {bad} cannot be read") as caught:
+                walk(paged, blocks, 2)
+        assert walk(paged, blocks, 2) == sums(checkpoint, 2)
+    assert caught.value.errno == errno.EIO
+    assert psutil.Process().num_fds() <= descriptors
+
+
+@pytest.mark.skipif(not POPULATES_SAFELY, reason="the system cannot bring pages without touching them")
+def test_a_file_cut_short_under_way_is_an_error_and_not_the_end(
+    checkpoint: Checkpoint, blocks: list[Block], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_populate = PageTable.populate
+    end = max(extent.offset for extent in blocks[3].layout.extents)
+
+    def cut_first(table: PageTable, offset: int, nbytes: int) -> None:
+        os.truncate(path, end)  # after the check, before its pages are there
+        whole_populate(table, offset, nbytes)
+
+    monkeypatch.setattr(PageTable, "populate", cut_first)
+    with (
+        PagedBlocks(checkpoint, blocks, tight(blocks)) as paged,
+        pytest.raises(CheckpointError, match=rf"has {end} bytes.*cut short \(before reading block 3\)"),
+    ):
+        paged.visit(blocks[3].name).__enter__()
+
+
+def test_a_file_modified_under_way_is_refused(checkpoint: Checkpoint, blocks: list[Block], path: Path) -> None:
+    with PagedBlocks(checkpoint, blocks, tight(blocks)) as paged:
+        walk(paged, blocks, 1)
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(CheckpointError, match=r"was modified since it was opened.*before reading block"):
+            walk(paged, blocks, 2)
+
+
+def test_closing_in_the_middle_ends_the_courier(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages, descriptors = Pages(monkeypatch, Random(1)), psutil.Process().num_fds()
+    paged = PagedBlocks(checkpoint, blocks, tight(blocks))
+    with paged.visit(blocks[1].name):
+        pass
+    paged.close()
+    paged.close()
+
+    assert psutil.Process().num_fds() <= descriptors
+    assert len(pages.present) <= shared_pages(blocks)
+    with pytest.raises(ValueError, match="block 0 cannot be visited: closed"):
+        paged.visit(blocks[0].name).__enter__()
+
+
+def test_a_removed_file_is_reported(checkpoint: Checkpoint, blocks: list[Block], path: Path) -> None:
+    descriptors = psutil.Process().num_fds()
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        PagedBlocks(checkpoint, blocks, tight(blocks))
+    assert psutil.Process().num_fds() <= descriptors
+
+
+def test_two_in_one_process_do_not_disturb_each_other(path: Path, blocks: list[Block], checkpoint: Checkpoint) -> None:
+    with (
+        Checkpoint.open(path) as other,
+        PagedBlocks(checkpoint, blocks, tight(blocks)) as one,
+        PagedBlocks(other, blocks, tight(blocks)) as two,
+    ):
+        for expected, block in zip(sums(checkpoint, 1), blocks, strict=True):
+            with one.visit(block.name) as weights, two.visit(block.name) as others:
+                assert int(weights["weight"].sum(dtype=torch.int64)) == expected
+                assert torch.equal(weights["weight"], others["weight"])
+
+
+def test_a_visit_inside_a_visit_is_refused(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    with (
+        PagedBlocks(checkpoint, blocks, tight(blocks)) as paged,
+        paged.visit(blocks[0].name),
+        pytest.raises(ValueError, match="block 1 cannot be visited: block 0 is being visited"),
+    ):
+        paged.visit(blocks[1].name).__enter__()
+
+
+def test_the_timeline_tells_reads_waits_and_visits_of_every_block(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    with PagedBlocks(checkpoint, blocks, tight(blocks)) as paged:
+        walk(paged, blocks, 2)
+    visited = [block.name for block in blocks] * 2
+    assert [span.what for span in paged.timeline.lane("compute")] == visited
+    assert [span.what for span in paged.timeline.lane("wait")] == visited
+    assert {span.what for span in paged.timeline.lane("disk")} == set(visited)
+    assert all(span.start <= span.end for span in paged.timeline)
+
+
+def test_pages_are_brought_by_touching_where_the_system_has_no_call(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touched = []
+
+    def touch(pages: np.ndarray) -> None:
+        touched.append(pages.nbytes)
+        populate_by_touch(pages)
+
+    monkeypatch.setattr(paging_module, "_populate", touch)
+    with PagedBlocks(checkpoint, blocks, tight(blocks)) as paged:
+        assert walk(paged, blocks, 1) == sums(checkpoint, 1)
+    assert sum(touched) >= sum(block.layout.read_bytes for block in blocks)
+
+
+def test_the_probe_weighs_processor_time_where_pages_are_used_in_place(checkpoint: Checkpoint) -> None:
+    probe = probe_io(checkpoint, rounds=2, round_bytes=MIB, in_place=True)
+
+    assert probe.processor is not None
+    assert probe.processor.keys() == probe.rates.keys()
+    assert "GB/s at" in probe.reason
+    assert probe.io in ("mmap", probe.reader)
+
+
+RATE = {"read": [2e9, 2e9], "direct": [1e9, 1e9], "mmap": [1.5e9, 1.5e9]}
+COST = {"read": [4e-10, 5e-10], "direct": [3e-10, 3e-10], "mmap": [0.2e-10, 0.3e-10]}
+
+
+@pytest.mark.parametrize(
+    ("rates", "costs", "io"),
+    [
+        (RATE, COST, "mmap"),
+        (RATE | {"mmap": [9e9, 9e9]}, COST | {"mmap": [4e-10, 4e-10]}, "read"),  # faster, but spares nothing
+        (RATE | {"mmap": [0.5e9, 0.5e9]}, COST, "read"),  # far slower
+        (RATE, COST | {"mmap": [0.2e-10, 4.5e-10]}, "read"),  # not in every round
+        (RATE, None, "read"),  # not in place
+    ],
+)
+def test_pages_in_place_win_where_they_clearly_spare_the_processors(
+    rates: dict[str, list[float]], costs: dict[str, list[float]] | None, io: str
+) -> None:
+    probe = IoProbe(rates, {}, costs)
+
+    assert probe.io == io
+    assert probe.reason.startswith(io)
+    assert probe.reason_of(probe.reader).startswith("read")
