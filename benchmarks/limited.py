@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2p_lowvram.cli import OPENMP
+
 _MOUNT = Path("/sys/fs/cgroup")
 # When the parent started the process, on the clock of time.perf_counter (one for all processes on Linux).
 STARTED = "BENCHMARK_STARTED"
@@ -100,11 +102,11 @@ def measured(
 ) -> dict[str, Any]:
     """Run a Python script and return the JSON object of its last line, with "group" and "group_peak_bytes" added.
 
-    OpenMP's threads sleep while they wait, as under the command line.
+    OpenMP's threads wait as under the command line.
     """
     with memory_group(limit) as group:
         variables = {
-            "OMP_WAIT_POLICY": "PASSIVE",
+            **OPENMP,
             **os.environ,
             **(environment or {}),
             STARTED: str(time.perf_counter()),

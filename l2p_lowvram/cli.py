@@ -72,11 +72,16 @@ examples:
 {EXIT_CODES} (2 also for a file that is refused)"""
 
 
+# Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that read
+# weights, and lose far more by it than waking up takes; GNU's do so for some microseconds, which bridges the gap
+# between two layers' slices.
+OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+
+
 def entry() -> NoReturn:
     """The console script."""
-    # Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that
-    # read weights, and lose far more by it than waking up takes.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.update(OPENMP)
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())
 

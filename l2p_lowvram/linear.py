@@ -25,7 +25,7 @@ from .scratch import Scratch
 REGULAR, SYLVESTER = "regular", "sylvester"
 
 # Of a weight in fp32, while it is dequantised: what stays in a CPU's cache; on a GPU, enough rows for full speed.
-CPU_SLICE_BYTES = 4 << 20
+CPU_SLICE_BYTES = 8 << 20
 DEVICE_SLICE_BYTES = 16 << 20
 
 

@@ -33,6 +33,10 @@ from offload.residency import ResidencyPlan, Tier
 from offload.rounds import Rounds
 from offload.timeline import Timeline
 
+# Ahead of the compute, beyond the next block, no more than this is mapped: pages let go of and soon taken again are
+# still warm, in the caches and in a virtual machine's tables, and reading needs no longer a run.
+AHEAD_BYTES = 256 << 20
+
 
 class PagedBlocks:
     """The weights of `blocks`, one block at a time, as `Ring` lends them. A context manager.
@@ -187,8 +191,7 @@ class PagedBlocks:
                     passing.append((visit, index))
                 self._check(block)
                 for piece in _pieces(block):
-                    # A block alone always fits: the ring was planned for the largest.
-                    while not stays and mapped + piece.nbytes > self._window and len(passing) > 1:
+                    while not stays and self._is_far_ahead(mapped + piece.nbytes, len(passing)):
                         self._note_reading(block)
                         yield self._released, passing[0][0] + 1
                         mapped -= self._let_go(passing.popleft()[1])
@@ -208,6 +211,11 @@ class PagedBlocks:
         finally:
             for _, index in passing:
                 self._let_go(index)
+
+    def _is_far_ahead(self, nbytes: int, blocks: int) -> bool:
+        """Whether so much is too much to be mapped of blocks that pass. One alone always fits: the ring was planned
+        for the largest."""
+        return blocks > 1 and (nbytes > self._window or (blocks > 2 and nbytes > AHEAD_BYTES))
 
     def _to_bring(self, start: int) -> Iterator[int]:
         for index in self._rounds.order(start):

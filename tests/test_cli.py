@@ -1003,6 +1003,7 @@ def test_waiting_threads_leave_the_processor_to_those_that_read(
         cli.entry()
 
     assert environment["OMP_WAIT_POLICY"] == after
+    assert ("GOMP_SPINCOUNT" in environment) == (before is None)
 
 
 def test_a_process_that_is_asked_to_end_leaves_nothing_half_written(
