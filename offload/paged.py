@@ -79,7 +79,7 @@ class PagedBlocks:
         self._staying = {self._rounds.index[name] for name, tier in plan.tiers.items() if tier is Tier.DEVICE}
         self._brought: set[int] = set()  # of those that stay
         self._reading_since: float | None = None
-        self._worker: CourierThread | None = None
+        self._worker: CourierThread | None
         self._stopping = False
         self._visiting: str | None = None
         self._closed = False
@@ -95,6 +95,8 @@ class PagedBlocks:
                 for extent in block.layout.extents:
                     self._tables[extent.path].expect(extent.offset, extent.nbytes)
             stack.pop_all()
+        # What comes before the first visit takes a while: the first block may be there by then.
+        self._worker = CourierThread(self._courier(0)) if self._blocks else None
 
     # The caller's side
 
