@@ -32,8 +32,8 @@ def drop_cache(files: Iterable[Path]) -> None:
 
 
 @dataclass(frozen=True)
-class MemoryGroup:
-    """A control group with a memory limit, or why there is none (`folder` None)."""
+class Group:
+    """A control group with a limit, of memory or else, or why there is none (`folder` None)."""
 
     folder: Path | None
     note: str
@@ -53,20 +53,46 @@ class MemoryGroup:
 
 
 @contextmanager
-def memory_group(limit: int | None) -> Iterator[MemoryGroup]:
+def memory_group(limit: int | None) -> Iterator[Group]:
     """A fresh group limited to `limit` bytes, v1 or v2, gone afterwards. None: no group."""
     if limit is None:
-        yield MemoryGroup(None, "no limit")
+        yield Group(None, "no limit")
         return
     try:
         folder = _make_group(limit)
     except OSError as error:
-        yield MemoryGroup(None, f"no limit: control groups cannot be made here ({error.strerror})")
+        yield Group(None, f"no limit: control groups cannot be made here ({error.strerror})")
         return
     try:
-        yield MemoryGroup(folder, f"memory group of {limit} bytes")
+        yield Group(folder, f"memory group of {limit} bytes")
     finally:
         folder.rmdir()
+
+
+@contextmanager
+def disk_group(rate: int | None, path: Path) -> Iterator[Group]:
+    """A fresh group that reads from the disk under `path` at `rate` bytes per second at most (control groups v1, as
+    root). None: no group. Raises SystemExit where it cannot be made."""
+    if rate is None:
+        yield Group(None, "the disk as it is")
+        return
+    folder = _MOUNT / "blkio" / f"benchmark-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        folder.mkdir()
+        (folder / "blkio.throttle.read_bps_device").write_text(f"{_disk_of(path)} {rate}")
+    except OSError as error:
+        raise SystemExit(f"the disk cannot be slowed down here: {error}") from error
+    try:
+        yield Group(folder, f"disk at {rate / 1e6:.0f} MB/s")
+    finally:
+        folder.rmdir()
+
+
+def _disk_of(path: Path) -> str:
+    """major:minor of the whole disk that holds a file; limits are not for partitions."""
+    device = path.stat().st_dev
+    folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    return ((folder.parent if (folder / "partition").exists() else folder) / "dev").read_text().strip()
 
 
 def _make_group(limit: int) -> Path:
@@ -99,21 +125,25 @@ def measured(
     limit: int | None = None,
     python: str = sys.executable,
     environment: Mapping[str, str] | None = None,
+    disk: tuple[int | None, Path] | None = None,
 ) -> dict[str, Any]:
     """Run a Python script and return the JSON object of its last line, with "group" and "group_peak_bytes" added.
 
-    OpenMP's threads wait as under the command line.
+    OpenMP's threads wait as under the command line. disk: for `disk_group`.
     """
-    with memory_group(limit) as group:
+    with memory_group(limit) as group, disk_group(*(disk or (None, Path()))) as slowed:
+
+        def enter() -> None:
+            group.enter()
+            slowed.enter()
+
         variables = {
             **OPENMP,
             **os.environ,
             **(environment or {}),
             STARTED: str(time.perf_counter()),
         }
-        done = subprocess.run(
-            [python, *arguments], stdout=subprocess.PIPE, text=True, env=variables, preexec_fn=group.enter
-        )
+        done = subprocess.run([python, *arguments], stdout=subprocess.PIPE, text=True, env=variables, preexec_fn=enter)
         if done.returncode:
             raise RuntimeError(f"{Path(arguments[0]).name} ended with {done.returncode} ({group.note})")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

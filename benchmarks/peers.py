@@ -17,7 +17,9 @@ a forward is which: a point where reading takes longer than computing is disk-bo
 times as fast as each peer, with at most half its memory; elsewhere never slower. A time within the runs' own spread
 of the target is called noise, not met; it is not judged where other programs computed beside the runs. Velocities
 must agree to the bit; where they do not, the largest difference is told. --limit puts every contender into a memory
-group. DiffSynth is installed into FOLDER without its dependencies. FOLDER/runs.json grows with every point.
+group, --disk makes their disk slower ("500MB": what a SATA drive gives; needs root and control groups v1), so that a
+machine whose processors are slow for its disk shows both parts of the curve. DiffSynth is installed into FOLDER
+without its dependencies. FOLDER/runs.json grows with every point.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def measure(point: str, contenders: Sequence[str], options: Any) -> Runs:
             script = str(Path(__file__).with_name("peer_contenders.py"))
             # Alone among them these two are no contenders: they show the machine, and need all weights at once.
             limit = None if name in ("compute", "read") or options.limit is None else parse_bytes(options.limit)
-            run = measured([script, name, json.dumps(job)], limit=limit)
+            run = measured([script, name, json.dumps(job)], limit=limit, disk=(options.disk, path))
             if name != "read":
                 run["difference"] = difference(options.folder, name, runs["ours"], run)
             runs[name].append(run)
@@ -201,6 +203,9 @@ def main() -> None:
     arguments.add_argument("--ram", default="least", help="our budget; the least that works by default")
     arguments.add_argument("--io", default="auto", help="how we read")
     arguments.add_argument("--limit", help="of a memory group around every contender, for example 3GiB")
+    arguments.add_argument(
+        "--disk", type=parse_bytes, help="bytes per second that the disk gives; what it can by default"
+    )
     arguments.add_argument("--device", default="cpu", help="tried on the CPU only")
     arguments.add_argument("--threads", type=int, default=os.cpu_count())
     options = arguments.parse_args()
@@ -217,9 +222,13 @@ def main() -> None:
     figures = [figure for point, runs in found.items() for figure in figures_of(point, runs)]
     groups = {run["group"] for runs in found.values() for run in runs["ours"]}
     figures.append(Figure("contenders in", ", ".join(sorted(groups))))
-    finish("peers", figures, options, {"runs": found})
+    name = "peers"
+    if options.disk is not None:
+        figures.append(Figure("disk", options.disk / 1e6, "MB/s"))
+        name = "peers_slow_disk"
+    finish(name, figures, options, {"runs": found})
     if options.save:
-        plot(found, RESULTS / "peers.png")
+        plot(found, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

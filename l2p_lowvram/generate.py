@@ -354,12 +354,13 @@ def make_report(
 
 
 def _held_bytes(run: Run, watch: MemoryWatch) -> int:
-    """What counts towards the budget: anonymous memory on the CPU; elsewhere torch's peak and the context's
-    allowance, which torch does not see."""
+    """What counts towards the budget: on the CPU anonymous memory and mapped weights, at most; elsewhere torch's peak
+    and the context's allowance, which torch does not see."""
     from .streaming import CONTEXT_BYTES
 
     on_device = peak_device_bytes(run.pipe.device)
-    return watch.peak_anonymous if on_device is None else on_device + CONTEXT_BYTES
+    mapped = max((figures.mapped_bytes for figures in run.pipe.phases), default=0)
+    return watch.peak_anonymous + mapped if on_device is None else on_device + CONTEXT_BYTES
 
 
 def summary_line(report: dict[str, Any], steps: int) -> str:

@@ -22,8 +22,9 @@ class PhaseFigures:
     probed_rate: what a short probe saw before; None where none was made.
     compute_seconds: holding weights; on a graphics card, of the card. wait_seconds: of the compute (the card's, where
     it takes the time), for weights; wait_p50, wait_p95: per visit.
-    tiers: how many blocks live where. device_bytes, host_bytes: held by weights as planned. planned_bytes: of
-    the device's memory, all included; 0 where nothing is planned.
+    tiers: how many blocks live where. device_bytes, host_bytes: held by weights as planned. mapped_bytes: of device_bytes,
+    the most of files that was mapped at once for computing on it. planned_bytes: of the device's memory, all included;
+    0 where nothing is planned.
     """
 
     phase: str
@@ -42,6 +43,7 @@ class PhaseFigures:
     tiers: dict[str, int]
     slots: int
     slot_bytes: int
+    mapped_bytes: int
     device_bytes: int
     host_bytes: int
     planned_bytes: int
@@ -73,6 +75,7 @@ def phase_figures(stream: WeightStream) -> PhaseFigures:
         tiers=tiers or {"mapped": len(stream.work.blocks)},
         slots=0 if plan is None else plan.slots,
         slot_bytes=0 if plan is None else plan.slot_bytes,
+        mapped_bytes=stream.source.mapped_bytes,
         device_bytes=stream.planned_device_bytes,
         host_bytes=0 if plan is None else plan.host_bytes,
         planned_bytes=0 if plan is None else plan.device_bytes,

@@ -132,7 +132,8 @@ class Work:
 class BlockSource(Protocol):
     """What `Ring`, `PagedBlocks` and `MappedBlocks` have in common.
 
-    copied_bytes: over a link. read_bytes: from files, but for what a `Reader` counts.
+    copied_bytes: over a link. read_bytes: from files, but for what a `Reader` counts. mapped_bytes: of files, the most
+    that was brought into memory and mapped at once.
     """
 
     timeline: Timeline
@@ -143,6 +144,9 @@ class BlockSource(Protocol):
 
     @property
     def read_bytes(self) -> int: ...
+
+    @property
+    def mapped_bytes(self) -> int: ...
 
     def visit(self, name: str) -> AbstractContextManager[Mapping[str, Tensor]]: ...
 

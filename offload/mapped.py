@@ -36,7 +36,7 @@ class MappedBlocks:
         device: torch.device | None = None,
     ) -> None:
         self.copied_bytes = 0
-        self.read_bytes = 0  # nobody counts pages here
+        self.read_bytes = self.mapped_bytes = 0  # nobody counts pages here
         self.visits = 0
         self.timeline = Timeline()
         self._checkpoint = checkpoint

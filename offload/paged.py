@@ -69,6 +69,7 @@ class PagedBlocks:
         self.seeks = 0
         self.visits = 0
         self.read_bytes = 0
+        self.mapped_bytes = 0  # the most at once
         self.timeline = Timeline()
         self._checkpoint = checkpoint
         self._blocks = list(blocks)
@@ -186,6 +187,7 @@ class PagedBlocks:
         """Bring blocks from the one at `start` on, round and round, until stopped or all that repeat stay."""
         passing: deque[tuple[int, int]] = deque()  # (visit, block) brought or being brought, to be let go of
         mapped = 0  # bytes of them
+        staying = sum(self._blocks[index].layout.read_bytes for index in self._brought)
         try:
             for visit, index in enumerate(self._to_bring(start)):
                 block, stays = self._blocks[index], index in self._staying
@@ -200,7 +202,11 @@ class PagedBlocks:
                     if self._stopping:
                         return
                     self._bring(block, piece)
-                    mapped += 0 if stays else piece.nbytes
+                    if stays:
+                        staying += piece.nbytes
+                    else:
+                        mapped += piece.nbytes
+                    self.mapped_bytes = max(self.mapped_bytes, mapped + staying)
                 self._note_reading(block)
                 if stays:
                     self._brought.add(index)

@@ -90,6 +90,7 @@ class Ring:
         self.seeks = 0
         self.copied_bytes = 0
         self.read_bytes = 0  # the reader counts
+        self.mapped_bytes = 0
         self.visits = 0
         self.timeline = Timeline()
         self._keep_cache = keep_cache

@@ -149,6 +149,8 @@ def test_every_block_is_there_when_it_is_lent_and_never_more_than_planned(
                     assert pages.has(block)
         seeks = paged.seeks
 
+    assert paged.mapped_bytes <= pages.most * mmap.PAGESIZE
+    assert share < 1.0 or paged.mapped_bytes == sum(block.layout.read_bytes for block in blocks)
     held = plan.ring_bytes + sum(block.nbytes for block in blocks if plan.tiers[block.name] is Tier.DEVICE)
     assert pages.most * mmap.PAGESIZE <= held + shared_pages(blocks) * mmap.PAGESIZE
     assert len(pages.present) <= shared_pages(blocks)
