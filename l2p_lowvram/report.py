@@ -22,9 +22,9 @@ class PhaseFigures:
     probed_rate: what a short probe saw before; None where none was made.
     compute_seconds: holding weights; on a graphics card, of the card. wait_seconds: of the compute (the card's, where
     it takes the time), for weights; wait_p50, wait_p95: per visit.
-    tiers: how many blocks live where. device_bytes, host_bytes: held by weights as planned. mapped_bytes: of device_bytes,
-    the most of files that was mapped at once for computing on it. planned_bytes: of the device's memory, all included;
-    0 where nothing is planned.
+    tiers: how many blocks live where. device_bytes, host_bytes: held by weights as planned. mapped_bytes: of
+    device_bytes, the most of files that was mapped at once for computing on it. planned_bytes: of the device's memory,
+    all included; 0 where nothing is planned.
     """
 
     phase: str

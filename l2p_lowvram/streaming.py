@@ -63,9 +63,9 @@ _STAGING_BYTES = 64 << 20
 # For the planner alone: rough, and the same on every run, so that plans are. Plans are made for slow
 # machines: on a faster one a block more than necessary stays, which costs nothing.
 _DISK_RATE, _CACHED_RATE, _LINK_RATE = 1.5e9, 5e9, 6e9
-# Of all blocks, what visits of the mapped file may copy before slots are the better place. The copies are made by the
-# thread that computes.
-_MOST_COPIED = 1 / 16
+# Of all blocks, what visits of the mapped file may copy before slots are the better place. The thread that computes
+# makes those copies; readers make one of everything, beside it.
+_MOST_COPIED = 1 / 2
 
 
 @dataclass(frozen=True)

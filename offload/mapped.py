@@ -120,7 +120,11 @@ def read_source(checkpoint: Checkpoint, source: TensorSource) -> Tensor:
     """One tensor of a block on the CPU: a view of the mapped file where `source.is_view`, else a copy."""
     if source.is_view:
         return checkpoint.tensor(source.parts[0].tensor.name).reshape(source.shape)
-    result = torch.empty(source.shape, dtype=source.dtype)
+    return copy_source(checkpoint, source, torch.empty(source.shape, dtype=source.dtype))
+
+
+def copy_source(checkpoint: Checkpoint, source: TensorSource, result: Tensor) -> Tensor:
+    """Put a tensor of a block together in `result`, of its shape and dtype."""
     start = 0
     for part in source.parts:
         stored = checkpoint.tensor(part.tensor.name)

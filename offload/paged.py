@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload.blocks import Block, Extent
+from offload.blocks import Block, Extent, aligned
 from offload.checkpoint import Checkpoint
-from offload.devices import Cancelled, CourierThread, HostCounter, Wait
+from offload.devices import Cancelled, CourierThread, HostCounter, Wait, aligned_buffer
 from offload.identity import check_before_read
-from offload.mapped import is_used_in_place, read_aligned
+from offload.mapped import copy_source, is_used_in_place, read_source
 from offload.paging import HUGE_PAGE, PageTable
 from offload.residency import ResidencyPlan, Tier
 from offload.rounds import Rounds
@@ -76,6 +76,7 @@ class PagedBlocks:
         self._keep_cache = keep_cache
         self._computed = computed
         self._window = plan.ring_bytes
+        self._copies = aligned_buffer(max((copied_bytes(block, computed) for block in blocks), default=0))
         self._rounds = Rounds([block.name for block in blocks], once)
         self._staying = {self._rounds.index[name] for name, tier in plan.tiers.items() if tier is Tier.DEVICE}
         self._brought: set[int] = set()  # of those that stay
@@ -115,8 +116,7 @@ class PagedBlocks:
         lent = time.perf_counter()
         self.timeline.add("wait", name, asked, lent)
         try:
-            block = self._blocks[index]
-            yield {source.name: read_aligned(self._checkpoint, source, self._computed) for source in block.sources}
+            yield self._weights(self._blocks[index])
         finally:
             self._visiting = None
             self.timeline.add("compute", name, lent, time.perf_counter())
@@ -124,6 +124,19 @@ class PagedBlocks:
                 self._settled.add(index)
             if not was_settled:
                 self._released.advance()
+
+    def _weights(self, block: Block) -> dict[str, Tensor]:
+        """Views, and in the room for them the copies."""
+        weights, used = {}, 0
+        for source in block.sources:
+            if is_used_in_place(source, self._computed):
+                weights[source.name] = read_source(self._checkpoint, source)
+                continue
+            nbytes = block.layout.tensors[source.name].nbytes
+            room = self._copies[used : used + nbytes].view(source.dtype).reshape(source.shape)
+            weights[source.name] = copy_source(self._checkpoint, source, room)
+            used += aligned(nbytes)
+        return weights
 
     def _take(self, index: int) -> None:
         """Return once the pages of the block are there; seeks where the courier is elsewhere."""
@@ -172,6 +185,7 @@ class PagedBlocks:
         for index in self._brought:
             self._let_go(index)
         self._brought.clear()
+        self._copies = torch.empty(0, dtype=torch.uint8)
         while self._tables:
             self._tables.popitem()[1].close()
 
@@ -272,7 +286,9 @@ def _pieces(block: Block) -> Iterator[Extent]:
 
 
 def copied_bytes(block: Block, computed: Collection[torch.dtype] | None = None) -> int:
-    """Bytes that a visit of a mapped block copies, rather than views."""
+    """Room that a visit of a mapped block takes for copies, alignment included."""
     return sum(
-        block.layout.tensors[source.name].nbytes for source in block.sources if not is_used_in_place(source, computed)
+        aligned(block.layout.tensors[source.name].nbytes)
+        for source in block.sources
+        if not is_used_in_place(source, computed)
     )
