@@ -399,7 +399,7 @@ class Reader:
 # worth little more; and a mapping of a file that is cut short ends the process.
 _MARGINS = {"read": 1.0, "direct": 1.15, "mmap": 1.3}
 # Of the rate of the fastest reader and of its processor time: what pages brought in place must reach, and may take.
-_PAGED_RATE, _PAGED_PROCESSOR = 0.5, 0.5
+_PAGED_RATE, _PAGED_PROCESSOR = 0.5, 0.75
 
 
 @dataclass(frozen=True)
