@@ -14,6 +14,9 @@ them, on the meta device), `layers` (how many there are), `hidden` (the input) a
                 for block in blocks:
                     with ring.visit(block.name) as weights:
                         hidden = torch.func.functional_call(layer, dict(weights), (hidden,))
+
+On a CPU `PagedBlocks(checkpoint, blocks, plan)` lends the same without a reader and without copying, from the mapped
+file; `probe_io(checkpoint, in_place=True)` says "mmap" where that spares processor time.
 """
 
 from offload.blocks import Block, Part, SlotLayout, TensorSource
@@ -30,6 +33,7 @@ from offload.memory import (
     available_host_bytes,
     process_memory,
 )
+from offload.paged import PagedBlocks
 from offload.pinned import PinnedArena, default_pin_limit
 from offload.reading import IoProbe, Reader, probe_io
 from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
@@ -49,6 +53,7 @@ __all__ = [
     "FileIdentity",
     "IoProbe",
     "MemoryWatch",
+    "PagedBlocks",
     "Part",
     "PinnedArena",
     "ProcessMemory",
