@@ -398,9 +398,9 @@ class Streamer:
         key = str(checkpoint.files)
         if key not in self._probes:
             in_place = self.device.type == "cpu"
-            # Processor time varies less than rates: it takes fewer rounds to tell ways apart by it.
-            rounds = 2 if in_place else 3
-            self._probes[key] = probe_io(checkpoint, rounds=rounds, round_bytes=8 << 20, in_place=in_place)
+            # Processor time varies less than rates: it takes less to tell ways apart by it.
+            rounds, round_bytes = (2, 4 << 20) if in_place else (3, 8 << 20)
+            self._probes[key] = probe_io(checkpoint, rounds=rounds, round_bytes=round_bytes, in_place=in_place)
         probe = self._probes[key]
         if self._computes_mapped(IoChoice(probe.io, None, "")):
             share = work.copied_share
