@@ -42,6 +42,7 @@ from offload.devices import aligned_buffer
 from offload.mapped import MappedBlocks, read_source
 from offload.memory import available_device_bytes, available_host_bytes, process_memory
 from offload.paged import PagedBlocks, copied_bytes
+from offload.paging import POPULATES_SAFELY
 from offload.pinned import system_pin_limit
 from offload.timeline import Timeline
 
@@ -397,7 +398,8 @@ class Streamer:
             return IoChoice("read", None, f"read: {format_bytes(size)} are not worth a probe")
         key = str(checkpoint.files)
         if key not in self._probes:
-            in_place = self.device.type == "cpu"
+            # Without that call a file cut short while its pages are brought would end the process.
+            in_place = self.device.type == "cpu" and POPULATES_SAFELY
             # Processor time varies less than rates: it takes less to tell ways apart by it.
             rounds, round_bytes = (2, 4 << 20) if in_place else (3, 8 << 20)
             self._probes[key] = probe_io(checkpoint, rounds=rounds, round_bytes=round_bytes, in_place=in_place)

@@ -65,7 +65,7 @@ class PagedBlocks:
         keep_cache: bool = False,
         computed: Collection[torch.dtype] | None = None,
     ) -> None:
-        """Raises CheckpointError when a file is no longer what `checkpoint` opened, OSError."""
+        """Raises OSError where a file cannot be opened again."""
         self.seeks = 0
         self.visits = 0
         self.read_bytes = 0
@@ -202,10 +202,13 @@ class PagedBlocks:
         passing: deque[tuple[int, int]] = deque()  # (visit, block) brought or being brought, to be let go of
         mapped = 0  # bytes of them
         staying = sum(self._blocks[index].layout.read_bytes for index in self._brought)
+        unfinished: int | None = None  # of those that stay
         try:
             for visit, index in enumerate(self._to_bring(start)):
                 block, stays = self._blocks[index], index in self._staying
-                if not stays:
+                if stays:
+                    unfinished = index
+                else:
                     passing.append((visit, index))
                 self._check(block)
                 for piece in _pieces(block):
@@ -224,6 +227,7 @@ class PagedBlocks:
                 self._note_reading(block)
                 if stays:
                     self._brought.add(index)
+                    unfinished = None
                 self._submitted.advance()
             while passing:
                 yield self._released, passing[0][0] + 1
@@ -233,6 +237,8 @@ class PagedBlocks:
         finally:
             for _, index in passing:
                 self._let_go(index)
+            if unfinished is not None:
+                self._let_go(unfinished)
 
     def _is_far_ahead(self, nbytes: int, blocks: int) -> bool:
         """Whether so much is too much to be mapped of blocks that pass. One alone always fits: the ring was planned

@@ -61,7 +61,8 @@ class PageTable:
         if drop_cache and self._descriptor is not None and hasattr(os, "posix_fadvise"):
             # A large page that the block before shares was kept for this one.
             start = offset // HUGE_PAGE * HUGE_PAGE
-            os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
 
     def _advise(self, name: str, start: int, stop: int) -> None:
         """Of whole pages."""

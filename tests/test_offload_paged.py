@@ -305,6 +305,24 @@ def test_closing_in_the_middle_ends_the_courier(
         paged.visit(blocks[0].name).__enter__()
 
 
+def test_a_block_that_was_to_stay_is_let_go_of_where_bringing_it_fails(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = Pages(monkeypatch)
+    counted, end = PageTable.populate, max(extent.offset for extent in blocks[3].layout.extents)
+
+    def fail_late(table: PageTable, offset: int, nbytes: int) -> None:
+        if offset > end:  # within the last part of the block
+            raise OSError(errno.EIO, "Input/output error")
+        counted(table, offset, nbytes)
+
+    monkeypatch.setattr(PageTable, "populate", fail_late)
+    with PagedBlocks(checkpoint, blocks, plan_for(blocks, 1 << 40)) as paged, pytest.raises(OSError, match="block 3"):
+        paged.visit(blocks[3].name).__enter__()
+
+    assert len(pages.present) <= shared_pages(blocks)
+
+
 def test_a_removed_file_is_reported(checkpoint: Checkpoint, blocks: list[Block], path: Path) -> None:
     descriptors = psutil.Process().num_fds()
     path.unlink()
