@@ -1,6 +1,6 @@
 """What multiplies INT8 weights: dequantised weights, or integers by the best kernel that this device has.
 
-Kernels are tried before they are believed: one whose sums are not the exact integers is out (oneDNN's saturates,
+Kernels are tried before they are believed: one whose sums are not the exact integers is out (some saturate,
 silently, on CPUs without VNNI), and `auto` takes INT8 only where it was seen to be faster.
 """
 
@@ -13,14 +13,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .int8_matmul import Int8Matmul, by_int_mm, by_onednn, in_fp32
+from .int8_matmul import Int8Matmul, by_int_mm, in_fp32
 from .linear import Linear
 from .profiles import run_seconds
 
 AUTO, DEQUANT, INT8 = "auto", "dequant", "int8"
 COMPUTE_CHOICES = (AUTO, DEQUANT, INT8)
-# By which INT8 must win before `auto` takes it: it costs accuracy.
-MARGIN = 1.1
+# By which INT8 must win before `auto` takes it: it costs accuracy, and what a disturbed measurement could turn
+# around would make other pictures from one run to the next.
+MARGIN = 1.25
+# Narrower layers spend their time on calls, not on sums: `auto` dequantises them, unmeasured.
+_LEAST_COLUMNS = 512
 # Rows that kernels are measured on: a picture of 512 x 512 with patches of 16.
 _MEASURED_TOKENS = 1024
 _CHECKED_ROWS = 64
@@ -52,7 +55,7 @@ class LayerSize:
 
 def choose_compute(asked: str, device: torch.device, dtype: torch.dtype, size: LayerSize) -> Compute:
     """asked: one of COMPUTE_CHOICES. size: of the layer to measure. Measures once per process, for some tens of
-    milliseconds on a card; on a CPU without VNNI, where `auto` dequantises, never.
+    milliseconds on a card; where `auto` dequantises in any case (a CPU without VNNI, narrow layers), never.
 
     Raises ValueError for an unknown choice.
     """
@@ -60,6 +63,8 @@ def choose_compute(asked: str, device: torch.device, dtype: torch.dtype, size: L
         raise ValueError(f"compute must be one of {', '.join(COMPUTE_CHOICES)}, got {asked!r}")
     if asked == DEQUANT:
         return Compute(DEQUANT, None, "as asked for")
+    if asked == AUTO and size.columns < _LEAST_COLUMNS:
+        return Compute(DEQUANT, None, f"layers of {size.columns} columns gain nothing in INT8")
     kernels = fast_kernels(device)
     if not kernels:
         reason = f"no INT8 kernel for {_named(device)}"
@@ -85,10 +90,8 @@ def without_int8(asked: str) -> tuple[Compute, tuple[str, ...]]:
 
 def fast_kernels(device: torch.device) -> Mapping[str, Int8Matmul]:
     """Kernels that may be faster than dequantised weights on a device, by name; none where there are none."""
-    if device.type == "cuda":
+    if device.type == "cuda" or (device.type == "cpu" and has_vnni()):
         return {"torch._int_mm": by_int_mm}
-    if device.type == "cpu" and has_vnni():
-        return {"oneDNN": by_onednn, "torch._int_mm": by_int_mm}
     return {}
 
 

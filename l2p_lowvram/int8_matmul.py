@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Of activations on their way to int8, and of one tile of sums, in fp32 or int32.
-CPU_SLICE_BYTES = 4 << 20
+CPU_SLICE_BYTES = 8 << 20
 DEVICE_SLICE_BYTES = 16 << 20
+# Of what passes through several operations on a CPU, which should find it in its cache.
+_CPU_CACHED_BYTES = 1 << 20
 # q (M, K), w (N, K), both int8 -> q w^T (M, N) in int32, or in fp32 rounded once.
 Int8Matmul = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,10 +28,11 @@ _LEVELS = 127
 _SMALLEST_SCALE = 1e-30
 # Sums of so many products of int8 stay below 2^24, where fp32 holds every integer.
 _EXACT_COLUMNS = 1024
+# Fewest outputs of a tile while there are many rows: a kernel packs its weights anew for every tile of rows.
+_LEAST_WIDTH, _WIDTH_MULTIPLE = 512, 64
 # torch._int_mm on CUDA: more than 16 rows, columns and outputs in multiples of 8. On the CPU it takes anything.
 _INT_MM_ROWS, _INT_MM_MULTIPLE = 17, 8
 _PADDED_ROWS = 32
-_MIDDLE = 128
 
 
 class Rotates(Protocol):
@@ -49,6 +52,17 @@ def working_bytes(device: torch.device, tokens: int, widest: int) -> int:
     return 4 * min(slice_bytes(device), 4 * tokens * max(widest, _EXACT_COLUMNS))
 
 
+def tile_shape(rows: int, nbytes: int) -> tuple[int, int]:
+    """Rows and outputs of a tile of sums of at most `nbytes`: as many rows as leave it `_LEAST_WIDTH` outputs."""
+    height = max(min(rows, nbytes // (4 * _LEAST_WIDTH)), 1)
+    return height, max(nbytes // (4 * height) // _WIDTH_MULTIPLE, 1) * _WIDTH_MULTIPLE
+
+
+def rows_at_a_time(x: Tensor) -> int:
+    """Rows of x (M, K) that a chain of operations in fp32 should take together: all on a card."""
+    return max(_CPU_CACHED_BYTES // (4 * x.shape[1]), 1) if x.device.type == "cpu" else max(x.shape[0], 1)
+
+
 @dataclass(frozen=True)
 class QuantizedRows:
     """values (M, K) int8, scale (M, 1) fp32: together the rows of `source` (..., K), rotated by `rotation`."""
@@ -66,14 +80,16 @@ def quantize_rows(x: Tensor, rotation: Rotates | None = None) -> QuantizedRows:
     rows = x.reshape(-1, x.shape[-1])
     values = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows.shape[0], 1, dtype=torch.float32, device=x.device)
-    step = max(slice_bytes(x.device) // (4 * rows.shape[1]), 1)
+    step = min(rows_at_a_time(rows), max(slice_bytes(x.device) // (4 * rows.shape[1]), 1))
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
-        piece = rows[part] if rotation is None else rotation.apply(rows[part])
-        low, high = piece.aminmax(dim=-1, keepdim=True)
-        scale[part] = torch.maximum(high, -low)
-        scale[part] = scale[part].div_(_LEVELS).clamp_(min=_SMALLEST_SCALE)
-        values[part] = torch.div(piece, scale[part]).round_()
+        piece = rows[part].float() if rotation is None else rotation.apply(rows[part])
+        # Two reductions in fp32: on a CPU several times as fast as aminmax, or as either in bf16.
+        largest = torch.maximum(piece.amax(dim=-1, keepdim=True), piece.amin(dim=-1, keepdim=True).neg_())
+        scale[part] = largest.div_(_LEVELS).clamp_(min=_SMALLEST_SCALE)
+        shared = piece.data_ptr() == rows[part].data_ptr()
+        piece = torch.div(piece, scale[part], out=None if shared else piece)
+        values[part] = piece.round_()
     return QuantizedRows(values, scale, x, rotation)
 
 
@@ -81,12 +97,11 @@ def multiply(matmul: Int8Matmul, x: QuantizedRows, weight: Tensor, scale: Tensor
     """x W^T + b in the dtype of x's source, (..., N); scales and bias are applied in fp32.
 
     weight (N, K) int8; scale (1, 1) or (N, 1) fp32. A tile of outputs at a time, so that sums and their scaled
-    values stay within `working_bytes`.
+    values stay within `working_bytes`, and on a CPU in the cache.
     """
     count, outputs = x.values.shape[0], weight.shape[0]
     result = torch.empty(count, outputs, dtype=x.source.dtype, device=weight.device)
-    height = min(count, slice_bytes(weight.device) // (4 * _EXACT_COLUMNS))
-    width = max(slice_bytes(weight.device) // (4 * max(height, 1)) // 64, 1) * 64
+    height, width = tile_shape(count, slice_bytes(weight.device))
     for start in range(0, outputs, width):
         columns = slice(start, start + width)
         factor = (scale if scale.shape[0] == 1 else scale[columns]).T
@@ -100,12 +115,17 @@ def multiply(matmul: Int8Matmul, x: QuantizedRows, weight: Tensor, scale: Tensor
 
 
 def _scale_into(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor, bias: Tensor | None) -> None:
-    """out := sums * row_scale * factor + bias, in fp32 until it is written."""
-    scaled = torch.mul(sums, row_scale)
-    if bias is None:
-        torch.mul(scaled, factor, out=out)
-    else:
-        out.copy_(scaled.mul_(factor).add_(bias))
+    """out := sums * row_scale * factor + bias, in fp32 until it is written; sums are lost.
+
+    One plain operation after the other: torch copies the operands of one that mixes dtypes. A few rows at a time
+    on a CPU, whose cache they stay in.
+    """
+    step = rows_at_a_time(sums)
+    for start in range(0, sums.shape[0], step):
+        part = sums[start : start + step]
+        scaled = part if part.dtype == torch.float32 else part.view(torch.float32).copy_(part)
+        scaled.mul_(row_scale[start : start + step]).mul_(factor)
+        out[start : start + step] = scaled if bias is None else scaled.add_(bias)
 
 
 def in_fp32(q: Tensor, w: Tensor) -> Tensor:
@@ -127,7 +147,7 @@ def int_mm_fits(rows: int, columns: int, outputs: int) -> bool:
 
 
 def by_int_mm(q: Tensor, w: Tensor) -> Tensor:
-    """cuBLASLt's int8 kernel. Too few rows are padded; sizes that it does not take go through fp32."""
+    """cuBLASLt's int8 kernel, on CPUs oneDNN's. Too few rows are padded; sizes that it does not take go through fp32."""
     rows = q.shape[0]
     if rows < _INT_MM_ROWS:
         q = F.pad(q, (0, 0, 0, _PADDED_ROWS - rows))
@@ -135,16 +155,3 @@ def by_int_mm(q: Tensor, w: Tensor) -> Tensor:
         return in_fp32(q[:rows], w)
     # A view: the kernel wants the second factor column by column, which is how the weight lies.
     return torch._int_mm(q, w.t())[:rows]
-
-
-def by_onednn(q: Tensor, w: Tensor) -> Tensor:
-    """oneDNN's int8 kernel, for CPUs with VNNI. Activations go in as uint8 around 128, since its kernel for
-    int8 activations hung. Without VNNI it saturates at 16 bits, silently."""
-    ops: Any = torch.ops.onednn
-    packed = ops.qlinear_prepack(w, list(q.shape))
-    shifted = q.view(torch.uint8).bitwise_xor(_MIDDLE)
-    ones, zeros = torch.ones(w.shape[0]), torch.zeros(w.shape[0], dtype=torch.int64)
-    result: Tensor = ops.qlinear_pointwise(
-        *(shifted, 1.0, _MIDDLE, packed, ones, zeros, None), *(1.0, 0, torch.float32, "none", [], "")
-    )
-    return result

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .int8_matmul import Int8Matmul, QuantizedRows, multiply, quantize_rows
+from .int8_matmul import Int8Matmul, QuantizedRows, multiply, quantize_rows, rows_at_a_time
 from .scratch import Scratch
 
 REGULAR, SYLVESTER = "regular", "sylvester"
@@ -27,13 +27,18 @@ REGULAR, SYLVESTER = "regular", "sylvester"
 # Of a weight in fp32, while it is dequantised: what stays in a CPU's cache; on a GPU, enough rows for full speed.
 CPU_SLICE_BYTES = 8 << 20
 DEVICE_SLICE_BYTES = 16 << 20
+# Of converted rows that a CPU multiplies at a time in half precision, and how many: its matrix units are up to
+# twice as slow with fewer than a thousand.
+_CPU_HALF_BYTES = 25 << 20
+_CPU_HALF_ROWS = 1280
 
 
 def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
     """Most bytes of scratch that layers take for the rows they convert: of one slice values and rotated values
     in fp32, and the result of a slice, or of the `held` bytes that `Linear.rows` keeps converted."""
     nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
-    return 2 * nbytes + max(nbytes * itemsize // 4, held)
+    multiplied = _CPU_HALF_BYTES if device.type == "cpu" and itemsize == 2 else nbytes * itemsize // 4
+    return 2 * nbytes + max(multiplied, held)
 
 
 @dataclass(frozen=True)
@@ -195,15 +200,23 @@ class Linear(nn.Module):
             return F.linear(x, self.weight, bias)
         # Autograd keeps what it multiplied with: nothing that the next slice overwrites.
         keeps = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        output_scale = None if keeps else self._output_scale(x.device, x.dtype)
         # A few rows at a time: the weight never stands dequantised as a whole, and on a CPU the
         # slice is still in the cache when it is multiplied.
         result = x.new_empty(*x.shape[:-1], self.out_features)
-        step = self._slice_rows(x.device)
+        step = self._multiplied_rows(x.device, x.dtype)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            count = rows.stop - rows.start
-            weight = self.dequantized(x.dtype, rows) if keeps else self._convert_into(self._take(count, x.dtype), rows)
-            result[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
+            out, added = result[..., rows], None if bias is None else bias[rows]
+            if keeps:
+                out.copy_(F.linear(x, self.dequantized(x.dtype, rows), added))
+                continue
+            weight = self._take(rows.stop - rows.start, x.dtype)
+            self._convert_into(weight, rows, scaled=output_scale is None)
+            if output_scale is None:
+                out.copy_(F.linear(x, weight, added))
+            else:
+                _write_scaled(out, F.linear(x, weight), _of_rows(output_scale, rows), added)
         return result
 
     def rows(self, parts: Sequence[slice], dtype: torch.dtype) -> list[Callable[[Tensor | QuantizedRows], Tensor]]:
@@ -216,11 +229,30 @@ class Linear(nn.Module):
             return [partial(self._multiply_int8, rows=part) for part in parts]
         if self.weight_scale is None and self.weight.dtype == dtype:
             return [partial(F.linear, weight=self.weight[part]) for part in parts]
+        scale = self._output_scale(self.weight.device, dtype)
         counts = [len(range(*part.indices(self.out_features))) for part in parts]
         held = self._take(sum(counts), dtype).split(counts)
+        for weight, part in zip(held, parts, strict=True):
+            self._convert_into(weight, part, scaled=scale is None)
+        if scale is None:
+            return [partial(F.linear, weight=weight) for weight in held]
         return [
-            partial(F.linear, weight=self._convert_into(weight, part)) for weight, part in zip(held, parts, strict=True)
+            partial(_linear_scaled, weight=weight, scale=_of_rows(scale, part))
+            for weight, part in zip(held, parts, strict=True)
         ]
+
+    def _output_scale(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """(N) or (1) fp32, where outputs are scaled and not the weight, whose int8 values are exact in `dtype`.
+
+        On CPUs, where each pass over a weight costs time; a card scales as it converts. Not in fp16, which sums of
+        unscaled products would leave; nor where a row has several scales.
+        """
+        scale = self.weight_scale
+        if device.type != "cpu" or dtype == torch.float16 or self.weight.dtype != torch.int8 or scale is None:
+            return None
+        if scale_block(tuple(scale.shape), self.out_features, self.in_features)[1] != self.in_features:
+            return None
+        return scale.reshape(-1)
 
     def _multiply_int8(self, x: Tensor | QuantizedRows, rows: slice) -> Tensor:
         if not isinstance(x, QuantizedRows) or x.rotation != self.rotation:
@@ -233,18 +265,18 @@ class Linear(nn.Module):
     def _take(self, rows: int, dtype: torch.dtype) -> Tensor:
         return self.scratch.take("weight", (rows, self.in_features), dtype, self.weight.device)
 
-    def _convert_into(self, out: Tensor, rows: slice) -> Tensor:
-        """out := the weight's rows (n, K) in out's dtype, a slice at a time."""
+    def _convert_into(self, out: Tensor, rows: slice, *, scaled: bool = True) -> Tensor:
+        """out := the weight's rows (n, K) in out's dtype, a slice at a time; `scaled`, or as they are stored."""
         start, stop, _ = rows.indices(self.out_features)
         step = self._slice_rows(out.device)
         for first, piece in zip(range(start, stop, step), out.split(step), strict=True):
-            self._convert_slice(piece, slice(first, min(first + step, stop)))
+            self._convert_slice(piece, slice(first, min(first + step, stop)), scaled)
         return out
 
-    def _convert_slice(self, out: Tensor, rows: slice) -> None:
+    def _convert_slice(self, out: Tensor, rows: slice, scaled: bool) -> None:
         """out := these rows; what is fp32 in between stands in the scratch."""
         stored = self.weight[rows]
-        if self.weight_scale is None:
+        if self.weight_scale is None or not (scaled or self.rotation):
             out.copy_(stored)
             return
         scale = expand_scale(self.weight_scale, *self.weight.shape, span=rows)
@@ -253,7 +285,9 @@ class Linear(nn.Module):
             torch.mul(stored, scale, out=out)
             return
         plain = self.rotation is None and out.dtype == torch.float32
-        values = (out if plain else self._take_fp32("values", stored.shape)).copy_(stored).mul_(scale)
+        values = (out if plain else self._take_fp32("values", stored.shape)).copy_(stored)
+        if scaled:
+            values.mul_(scale)
         if self.rotation is not None:
             target = out if out.dtype == torch.float32 else self._take_fp32("turned", stored.shape)
             values = self.rotation.apply(values, target)
@@ -268,8 +302,41 @@ class Linear(nn.Module):
         nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
         return max(nbytes // (4 * self.in_features) // 64, 1) * 64
 
+    def _multiplied_rows(self, device: torch.device, dtype: torch.dtype) -> int:
+        """Rows that are multiplied at a time: in slices of equal size, where a CPU's matrix units want many."""
+        if device.type != "cpu" or dtype.itemsize != 2:
+            return self._slice_rows(device)
+        most = min(_CPU_HALF_BYTES // (dtype.itemsize * self.in_features), _CPU_HALF_ROWS)
+        parts = -(-self.out_features // max(most // 64 * 64, 64))
+        return -(-self.out_features // parts // 64) * 64
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.weight.dtype}, rotation={self.rotation}"
+
+
+def _of_rows(scale: Tensor, rows: slice) -> Tensor:
+    """Of an output scale, (N) or (1), what these rows have."""
+    return scale if scale.shape[0] == 1 else scale[rows]
+
+
+def _write_scaled(out: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """out (..., n) := y * scale + bias, in fp32 until it is written."""
+    if y.dtype == torch.float32:
+        torch.mul(y, scale, out=out)
+        if bias is not None:
+            out.add_(bias)
+        return
+    step = rows_at_a_time(y.flatten(0, -2))
+    for start in range(0, y.shape[-2], step):
+        part = slice(start, start + step)
+        values = y[..., part, :].float().mul_(scale)
+        out[..., part, :] = values if bias is None else values.add_(bias)
+
+
+def _linear_scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    y = F.linear(x, weight)
+    _write_scaled(y, y, scale, None)
+    return y
 
 
 class RMSNorm(nn.Module):

@@ -20,6 +20,7 @@ from offload import BudgetError, Checkpoint, Reader
 from offload.blocks import Extent
 from offload.reading import ReadJob
 
+from .compute import DEQUANT
 from .layout import read_layout
 from .pipeline import L2PPipeline
 from .repository import DEMO_FOLDER, ModelFiles, locate_model
@@ -100,7 +101,7 @@ def _resident(device: torch.device) -> Iterator[L2PPipeline]:
 
 def _pipeline(streamer: Streamer) -> L2PPipeline:
     files: ModelFiles = locate_model("demo")
-    return L2PPipeline.from_streamer(files, streamer, torch.float32)
+    return L2PPipeline.from_streamer(files, streamer, torch.float32, compute=DEQUANT)
 
 
 def _check(device: torch.device, io: str, expected: Tensor, features: Sequence[Tensor], *, smallest: bool) -> Check:

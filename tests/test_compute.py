@@ -19,7 +19,7 @@ from l2p_lowvram.linear import Linear
 from l2p_lowvram.tilings import PictureWork, device_activations, tilings
 from tests import goldens
 
-CPU, SIZE = torch.device("cpu"), LayerSize(64, 96)
+CPU, SIZE = torch.device("cpu"), LayerSize(512, 96)
 PROMPT = "a large red circle on a blue background, left"
 FAST = {"num_inference_steps": 4, "seed": 1, "output_type": "pt"}
 
@@ -64,15 +64,26 @@ def test_on_a_cpu_without_vnni_auto_dequantises_and_measures_nothing(monkeypatch
     assert choose("int8") == Compute("int8", in_fp32, "as asked for; no INT8 kernel for a CPU without VNNI")
 
 
+def test_auto_never_measures_narrow_layers(monkeypatch: pytest.MonkeyPatch):
+    """The demo's: a ratio close to the margin would draw other pictures from one run to the next."""
+    with_kernels(monkeypatch, {"quick": (in_fp32, 0.1)})
+    narrow = LayerSize(511, 96)
+
+    found = choose_compute("auto", CPU, torch.float32, narrow)
+
+    assert found == Compute("dequant", None, "layers of 511 columns gain nothing in INT8")
+    assert choose_compute("int8", CPU, torch.float32, narrow).matmul is in_fp32
+
+
 def test_each_device_has_its_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compute, "has_vnni", lambda: True)
 
     assert list(fast_kernels(torch.device("cuda"))) == ["torch._int_mm"]
-    assert list(fast_kernels(CPU)) == ["oneDNN", "torch._int_mm"]
+    assert list(fast_kernels(CPU)) == ["torch._int_mm"]
     assert not fast_kernels(torch.device("meta"))
 
 
-@pytest.mark.parametrize(("seconds", "name"), [(0.5, "int8"), (0.9, "int8"), (0.95, "dequant"), (2.0, "dequant")])
+@pytest.mark.parametrize(("seconds", "name"), [(0.5, "int8"), (0.79, "int8"), (0.81, "dequant"), (2.0, "dequant")])
 def test_auto_takes_int8_where_it_is_clearly_faster(seconds: float, name: str, monkeypatch: pytest.MonkeyPatch):
     with_kernels(monkeypatch, {"quick": (in_fp32, seconds)})
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from l2p_lowvram import int8_matmul
 from l2p_lowvram.compute import check_kernel, has_vnni
 from l2p_lowvram.config import ModelConfig
-from l2p_lowvram.int8_matmul import Int8Matmul, by_int_mm, by_onednn, in_fp32, int_mm_fits, quantize_rows
+from l2p_lowvram.int8_matmul import Int8Matmul, by_int_mm, in_fp32, int_mm_fits, quantize_rows
 from l2p_lowvram.linear import Linear, Rotation
 from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.quantization import Scheme
@@ -72,22 +72,15 @@ def test_sums_are_exact_where_all_products_are_the_largest(columns: int):
         assert torch.equal(kernel(q, w).long(), torch.full((20, 16), -127 * 127 * columns))
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
-@pytest.mark.parametrize(("rows", "columns", "outputs"), [(1, 64, 16), (40, 500, 72)])
-def test_onednn_sums_exactly_what_fits_in_its_registers(rows: int, columns: int, outputs: int):
-    """Without VNNI it adds two products of uint8 and int8 in 16 bits: weights under 65 do not saturate them."""
-    generator = torch.Generator().manual_seed(7)
+@pytest.mark.skipif(not has_vnni(), reason="needs a CPU with VNNI")
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(64, 512, 64), (17, 3840, 96), (33, 1000, 40)])
+def test_int_mm_sums_exactly_with_vnni(rows: int, columns: int, outputs: int):
+    generator = torch.Generator().manual_seed(2)
     q = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
-    w = torch.randint(-64, 65, (outputs, columns), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8, generator=generator)
 
-    assert torch.equal(by_onednn(q, w), in_fp32(q, w).float())
-
-
-@pytest.mark.skipif(not has_vnni(), reason="needs a CPU with VNNI, without which oneDNN's sums saturate")
-def test_onednn_sums_exactly_with_vnni():
-    weight = torch.randint(-127, 128, (64, 512), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
-
-    assert check_kernel(by_onednn, weight) is None
+    assert torch.equal(by_int_mm(q, weight).long(), q.long() @ weight.T.long())
+    assert check_kernel(by_int_mm, weight) is None
 
 
 @pytest.mark.parametrize(

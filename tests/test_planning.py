@@ -147,7 +147,7 @@ def test_running_out_of_memory_with_the_smallest_slices_is_told(model: Path, mon
 
 def test_tiny_slices_draw_the_same_picture(monkeypatch) -> None:
     """The demo at a size of several tiles, through the real pipeline, tiled small against whole."""
-    with L2PPipeline.from_pretrained("demo", dtype="fp32") as pipe:
+    with L2PPipeline.from_pretrained("demo", dtype="fp32", compute="dequant") as pipe:
         choices = list(tilings(pipe.config, pipe.work(512, 384, 1, 2.0, 32)))
         pictures = []
         for tiling in (choices[0], choices[-1]):
