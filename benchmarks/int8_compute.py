@@ -6,12 +6,16 @@ weights of the activations' dtype, in dequantised INT8 weights, and in INT8 arit
 measured in turns; of as many runs as fit in `--seconds` the best counts. A way of which one run would take
 longer (bf16 on a CPU without it) is left out, and said to be.
 
+oneDNN can be held to what older CPUs have: ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 in the environment is a CPU with VNNI
+and without AMX.
+
 With `--forward FILE` instead: one forward of a whole checkpoint, dequantised and in INT8, at 512 x 512 pixels with 64
 caption tokens, and how far apart the two pictures are.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -219,7 +223,8 @@ def main() -> None:
     shown = [*errors(), *figures(found, arguments.tokens, int8)]
     if missing:
         shown.append(Figure(f"left out, one run takes over {arguments.seconds:g} s", ", ".join(missing)))
-    finish(f"int8_compute_{arguments.dtype}" if arguments.dtype else "int8_compute", shown, arguments)
+    limits = [arguments.dtype, os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower()]
+    finish("_".join(["int8_compute", *filter(None, limits)]), shown, arguments)
 
 
 if __name__ == "__main__":

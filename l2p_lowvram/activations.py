@@ -62,20 +62,20 @@ def block_bytes(
     widened = 0 if r == e else wide_row
     hidden = slice_tokens * config.ffn_dim * e
     row8, hidden8 = (row // e, hidden // e) if int8_bytes else (0, 0)
-    project = max(_project_bytes(slice_tokens, dim, group, e) + row8, 2 * wide_row)
+    project = max(_project_bytes(slice_tokens, dim, group, e) + row8, wide_row)
     multiply = row + row8 + 3 * slice_tokens * group * e + int8_bytes
     attend = _attend_bytes(queries, group, sizes, config, e)
     attention = result + 2 * tokens * group * e + max(project, multiply, attend)
-    output = result + max(3 * wide_row, 2 * row - row * (r == e) + max(row8 + int8_bytes, widened))
+    output = result + max(2 * wide_row, 2 * row - row * (r == e) + max(row8 + int8_bytes, widened))
     feed_forward = row + max(2 * hidden + row8 + int8_bytes, hidden + row + max(hidden8 + int8_bytes, widened))
-    return scratch_bytes + max(attention, output, feed_forward, 3 * wide_row)
+    return scratch_bytes + max(attention, output, feed_forward, 2 * wide_row)
 
 
 def _project_bytes(tokens: int, dim: int, group: int, e: int) -> int:
-    """A slice through norm, modulation, projection, q/k norm and rotation; the rotation of k is the worst:
+    """A slice through norm, modulation (in place), projection, q/k norm and rotation; the rotation of k is the worst:
     beside h and q there are its input, the fp32 pairs (a view for fp32), the turned pairs and their result."""
     copied = 0 if e == 4 else 4 + e
-    return max(2 * tokens * dim * e, tokens * dim * e + tokens * group * (2 * e + 4 + copied))
+    return tokens * dim * e + tokens * group * (2 * e + 4 + copied)
 
 
 def _attend_bytes(queries: int, group: int, sizes: SliceSizes, config: ModelConfig, e: int) -> int:

@@ -24,10 +24,12 @@ COMPUTE_CHOICES = (AUTO, DEQUANT, INT8)
 MARGIN = 1.25
 # Narrower layers spend their time on calls, not on sums: `auto` dequantises them, unmeasured.
 _LEAST_COLUMNS = 512
-# Rows that kernels are measured on: a picture of 512 x 512 with patches of 16.
-_MEASURED_TOKENS = 1024
+# Rows that kernels are measured on: a picture of 512 x 512 with patches of 16; on a CPU fewer, and a part of the
+# outputs, so that a run begins some tens of milliseconds later and not a second.
+_MEASURED_TOKENS = {"cpu": 512}
+_MEASURED_OUTPUTS = {"cpu": 2048}
 _CHECKED_ROWS = 64
-_ROUNDS = 3
+_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class LayerSize:
 
 def choose_compute(asked: str, device: torch.device, dtype: torch.dtype, size: LayerSize) -> Compute:
     """asked: one of COMPUTE_CHOICES. size: of the layer to measure. Measures once per process, for some tens of
-    milliseconds on a card; where `auto` dequantises in any case (a CPU without VNNI, narrow layers), never.
+    milliseconds; where `auto` dequantises in any case (a CPU without VNNI, or with AMX in bf16, narrow layers), never.
 
     Raises ValueError for an unknown choice.
     """
@@ -65,6 +67,9 @@ def choose_compute(asked: str, device: torch.device, dtype: torch.dtype, size: L
         return Compute(DEQUANT, None, "as asked for")
     if asked == AUTO and size.columns < _LEAST_COLUMNS:
         return Compute(DEQUANT, None, f"layers of {size.columns} columns gain nothing in INT8")
+    if asked == AUTO and device.type == "cpu" and dtype == torch.bfloat16 and has_amx():
+        # A measured ratio lies on either side of the margin from one run to the next.
+        return Compute(DEQUANT, None, "this CPU's matrix units are nearly as fast in bf16")
     kernels = fast_kernels(device)
     if not kernels:
         reason = f"no INT8 kernel for {_named(device)}"
@@ -97,9 +102,17 @@ def fast_kernels(device: torch.device) -> Mapping[str, Int8Matmul]:
 
 def has_vnni() -> bool:
     """Whether this CPU multiplies int8 in vectors."""
+    return _cpu_has("_is_vnni_supported") or has_amx()
+
+
+def has_amx() -> bool:
+    """Whether this CPU has matrix units."""
+    return _cpu_has("_is_amx_tile_supported")
+
+
+def _cpu_has(check: str) -> bool:
     # Names torch keeps private; without them dequantised weights are always right.
-    checks = ("_is_vnni_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return bool(getattr(torch.cpu, check, lambda: False)())
 
 
 def _named(device: torch.device) -> str:
@@ -137,11 +150,13 @@ def _fastest(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, s
 def _layer_and_input(size: LayerSize, device: torch.device, dtype: torch.dtype) -> tuple[Linear, Tensor]:
     # A generator of its own: whoever draws random numbers here gets those they would have got.
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randint(-127, 128, (size.outputs, size.columns), dtype=torch.int8, generator=generator)
+    outputs = min(size.outputs, _MEASURED_OUTPUTS.get(device.type, size.outputs))
+    weight = torch.randint(-127, 128, (outputs, size.columns), dtype=torch.int8, generator=generator)
     with torch.device("meta"):
-        layer = Linear(size.columns, size.outputs, bias=False)
-    layer.quantize_(weight.to(device), torch.rand(size.outputs, 1, generator=generator).to(device))
-    return layer, torch.randn(1, _MEASURED_TOKENS, size.columns, generator=generator).to(device, dtype)
+        layer = Linear(size.columns, outputs, bias=False)
+    layer.quantize_(weight.to(device), torch.rand(outputs, 1, generator=generator).to(device))
+    tokens = _MEASURED_TOKENS.get(device.type, 1024)
+    return layer, torch.randn(1, tokens, size.columns, generator=generator).to(device, dtype)
 
 
 def check_kernel(kernel: Int8Matmul, weight: Tensor) -> str | None:

@@ -20,14 +20,15 @@ from torch import Tensor
 CPU_SLICE_BYTES = 8 << 20
 DEVICE_SLICE_BYTES = 16 << 20
 # Of what passes through several operations on a CPU, which should find it in its cache.
-_CPU_CACHED_BYTES = 1 << 20
+_CPU_CACHED_BYTES = 2 << 20
 # q (M, K), w (N, K), both int8 -> q w^T (M, N) in int32, or in fp32 rounded once.
 Int8Matmul = Callable[[Tensor, Tensor], Tensor]
 
 _LEVELS = 127
 _SMALLEST_SCALE = 1e-30
-# Sums of so many products of int8 stay below 2^24, where fp32 holds every integer.
-_EXACT_COLUMNS = 1024
+# Sums of so many products of int8 stay below 2^24, where fp32 holds every integer (so do those of twice as many,
+# whose factors would not fit in `working_bytes`).
+_EXACT_COLUMNS = 512
 # Fewest outputs of a tile while there are many rows: a kernel packs its weights anew for every tile of rows.
 _LEAST_WIDTH, _WIDTH_MULTIPLE = 512, 64
 # torch._int_mm on CUDA: more than 16 rows, columns and outputs in multiples of 8. On the CPU it takes anything.
@@ -49,7 +50,7 @@ def slice_bytes(device: torch.device) -> int:
 def working_bytes(device: torch.device, tokens: int, widest: int) -> int:
     """Most bytes alive beside inputs, their int8 values and outputs, of layers with up to `widest` columns or
     outputs: four slices (`in_fp32` is the worst: both factors, a part of the sums, and their total)."""
-    return 4 * min(slice_bytes(device), 4 * tokens * max(widest, _EXACT_COLUMNS))
+    return 4 * min(slice_bytes(device), 4 * tokens * widest)
 
 
 def tile_shape(rows: int, nbytes: int) -> tuple[int, int]:
@@ -87,8 +88,8 @@ def quantize_rows(x: Tensor, rotation: Rotates | None = None) -> QuantizedRows:
         # Two reductions in fp32: on a CPU several times as fast as aminmax, or as either in bf16.
         largest = torch.maximum(piece.amax(dim=-1, keepdim=True), piece.amin(dim=-1, keepdim=True).neg_())
         scale[part] = largest.div_(_LEVELS).clamp_(min=_SMALLEST_SCALE)
-        shared = piece.data_ptr() == rows[part].data_ptr()
-        piece = torch.div(piece, scale[part], out=None if shared else piece)
+        own = rotation is not None or rows.dtype != torch.float32
+        piece = torch.div(piece, scale[part], out=piece if own else None)
         values[part] = piece.round_()
     return QuantizedRows(values, scale, x, rotation)
 
@@ -129,7 +130,7 @@ def _scale_into(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor, bi
 
 
 def in_fp32(q: Tensor, w: Tensor) -> Tensor:
-    """The reference, for every device: sums of 1024 columns in fp32, which are exact, added in int32."""
+    """The reference, for every device: sums of 512 columns in fp32, which are exact, added in int32."""
 
     def part(start: int) -> Tensor:
         columns = slice(start, start + _EXACT_COLUMNS)
@@ -147,7 +148,7 @@ def int_mm_fits(rows: int, columns: int, outputs: int) -> bool:
 
 
 def by_int_mm(q: Tensor, w: Tensor) -> Tensor:
-    """cuBLASLt's int8 kernel, on CPUs oneDNN's. Too few rows are padded; sizes that it does not take go through fp32."""
+    """cuBLASLt's int8 kernel, on CPUs oneDNN's. Too few rows are padded; sizes it does not take go through fp32."""
     rows = q.shape[0]
     if rows < _INT_MM_ROWS:
         q = F.pad(q, (0, 0, 0, _PADDED_ROWS - rows))

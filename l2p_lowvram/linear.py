@@ -31,14 +31,17 @@ DEVICE_SLICE_BYTES = 16 << 20
 # twice as slow with fewer than a thousand.
 _CPU_HALF_BYTES = 25 << 20
 _CPU_HALF_ROWS = 1280
+# Of outputs in fp32 on their way to half precision, and of one slice of them.
+_CPU_SCALED_BYTES = 4 << 20
 
 
 def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
     """Most bytes of scratch that layers take for the rows they convert: of one slice values and rotated values
     in fp32, and the result of a slice, or of the `held` bytes that `Linear.rows` keeps converted."""
     nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
-    multiplied = _CPU_HALF_BYTES if device.type == "cpu" and itemsize == 2 else nbytes * itemsize // 4
-    return 2 * nbytes + max(multiplied, held)
+    if device.type == "cpu" and itemsize == 2:
+        return 2 * nbytes + max(_CPU_HALF_BYTES, held) + _CPU_SCALED_BYTES
+    return 2 * nbytes + max(nbytes * itemsize // 4, held)
 
 
 @dataclass(frozen=True)
@@ -348,7 +351,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        rows = x.reshape(-1, x.shape[-1])
+        result, weight = torch.empty_like(rows), self.weight.float()
+        # On a CPU torch's goes over all of x ten times; a few rows at a time stay in the cache meanwhile.
+        step = rows_at_a_time(rows)
+        for start in range(0, rows.shape[0], step):
+            part = rows[start : start + step].float()
+            factor = (part * part).mean(dim=-1, keepdim=True).add_(self.eps).rsqrt_()
+            result[start : start + step] = (part * factor).mul_(weight)
+        return result.view(x.shape)
 
 
 class Conv2d(nn.Conv2d):

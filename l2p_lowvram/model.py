@@ -126,6 +126,11 @@ def fp16_factor(*rows: Tensor) -> Tensor:
     return torch.exp2(-(bound / _LARGEST_FP16).log2().ceil().clamp(min=0)).to(torch.float16)
 
 
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor; in place of x, which nothing else holds, where autograd does not need it."""
+    return x * factor if torch.is_grad_enabled() else x.mul_(factor)
+
+
 class SelfAttention(nn.Module):
     """Self-attention with q/k RMSNorm before RoPE; one fused projection for q, k and v."""
 
@@ -207,7 +212,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """In fp32 for fp16, where the product of a row is scaled to fit."""
         read = self.w1.read(x)
-        hidden = F.silu(self.w1(read))
+        hidden = F.silu(self.w1(read), inplace=not torch.is_grad_enabled())
         if x.dtype == torch.float16:
             other = self.w3(read)
             del read
@@ -293,20 +298,20 @@ class TransformerBlock(nn.Module):
     def attention_input(self, x: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
         h = self.attention_norm1(x)
         if modulation is not None:
-            h = h * modulation[0]
+            h = _times(h, modulation[0])
         return h.to(self.narrow or x.dtype)
 
     def attention_added(self, x: Tensor, o: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
         o = self.attention_norm2(o).to(x.dtype)
-        return x + o if modulation is None else x + modulation[1] * o
+        return x + o if modulation is None else x + _times(o, modulation[1])
 
     def feed_forward_added(self, x: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
         h = self.ffn_norm1(x)
         if modulation is not None:
-            h = h * modulation[2]
+            h = _times(h, modulation[2])
         h = h.to(self.narrow or x.dtype)
         h = self.ffn_norm2(self.feed_forward(h)).to(x.dtype)
-        return x + h if modulation is None else x + modulation[3] * h
+        return x + h if modulation is None else x + _times(h, modulation[3])
 
 
 class TimestepEmbedder(nn.Module):

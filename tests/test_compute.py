@@ -75,6 +75,15 @@ def test_auto_never_measures_narrow_layers(monkeypatch: pytest.MonkeyPatch):
     assert choose_compute("int8", CPU, torch.float32, narrow).matmul is in_fp32
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "dequant"), (torch.float32, "int8")])
+def test_matrix_units_are_left_to_bf16(dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch):
+    with_kernels(monkeypatch, {"quick": (in_fp32, 0.5)})
+    monkeypatch.setattr(compute, "has_amx", lambda: True)
+
+    assert choose_compute("auto", CPU, dtype, SIZE).name == name
+    assert choose_compute("int8", CPU, dtype, SIZE).name == "int8"
+
+
 def test_each_device_has_its_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compute, "has_vnni", lambda: True)
 

