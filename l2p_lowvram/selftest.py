@@ -65,8 +65,8 @@ class DelayedReader(Reader):
 class DelayingStreamer(Streamer):
     """A Streamer whose reads are late."""
 
-    def open_reader(self, checkpoint: Checkpoint, io: str) -> Reader:
-        return DelayedReader(checkpoint, io=io)
+    def open_reader(self, checkpoint: Checkpoint, io: str, *, read_ahead: bool = True) -> Reader:
+        return DelayedReader(checkpoint, io=io, read_ahead=read_ahead)
 
 
 def devices() -> list[torch.device]:

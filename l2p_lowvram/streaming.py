@@ -321,9 +321,9 @@ class Streamer:
         stay = plan.count(Tier.DEVICE)
         return f"{stay} blocks stay, {len(work.blocks) - stay} stream, {format_bytes(plan.device_bytes)} in all"
 
-    def open_reader(self, checkpoint: Checkpoint, io: str) -> Reader:
+    def open_reader(self, checkpoint: Checkpoint, io: str, *, read_ahead: bool = True) -> Reader:
         """What reads a phase's files. Raises CheckpointError, OSError."""
-        return Reader(checkpoint, io=io)
+        return Reader(checkpoint, io=io, read_ahead=read_ahead)
 
     def plan(self, work: Work, beside: Sequence[WeightStream] = ()) -> ResidencyPlan:
         """Where the blocks of a phase will live, beside those of phases that stay open. Raises BudgetError."""
@@ -347,7 +347,8 @@ class Streamer:
     def _open_paged(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
         plan = self._plan_with_room(work)
         with ExitStack() as stack:
-            reader = stack.enter_context(self.open_reader(checkpoint, "read"))
+            # Blocks are brought by their pages: it reads single rows.
+            reader = stack.enter_context(self.open_reader(checkpoint, "read", read_ahead=False))
             source = stack.enter_context(
                 PagedBlocks(
                     checkpoint,

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -60,10 +60,13 @@ class OpenFile(Protocol):
 
 
 class PositionalFile:
-    """One descriptor, read with preadv."""
+    """One descriptor, read with preadv. read_ahead: whether the system may read on past what is asked for."""
 
-    def __init__(self, path: Path, flags: int = 0) -> None:
+    def __init__(self, path: Path, flags: int = 0, *, read_ahead: bool = True) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+        if not read_ahead and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         self._lock = threading.Lock()
         self._unwanted: list[tuple[int, int]] = []
 
@@ -211,10 +214,10 @@ class MappedFile:
         self._mapped = np.empty(0, np.uint8)
 
 
-def open_file(path: Path, io: str, piece_bytes: int = PIECE_BYTES) -> OpenFile:
+def open_file(path: Path, io: str, piece_bytes: int = PIECE_BYTES, *, read_ahead: bool = True) -> OpenFile:
     """Open a file for reading by `io`: "read", "direct" or "mmap". Raises OSError, ValueError."""
     if io == "read":
-        return PositionalFile(path) if hasattr(os, "preadv") else SeekingFile(path)
+        return PositionalFile(path, read_ahead=read_ahead) if hasattr(os, "preadv") else SeekingFile(path)
     if io == "direct":
         return DirectFile(path, piece_bytes)
     if io == "mmap":
@@ -297,8 +300,10 @@ class Reader:
         io: str = "read",
         threads: int = THREADS,
         piece_bytes: int = PIECE_BYTES,
+        read_ahead: bool = True,
     ) -> None:
-        """Opens the files. Raises CheckpointError when one is no longer what `checkpoint` opened, OSError."""
+        """Opens the files. read_ahead: False for a few small ranges, far apart, which the system else takes for the
+        beginning of more. Raises CheckpointError when a file is no longer what `checkpoint` opened, OSError."""
         self.io = io
         self.read_bytes = 0
         self._piece_bytes = piece_bytes
@@ -311,7 +316,7 @@ class Reader:
             thread.start()
         try:
             for path in self._identities:
-                self._files[path] = open_file(path, io, piece_bytes)
+                self._files[path] = open_file(path, io, piece_bytes, read_ahead=read_ahead)
             self.verify()
         except BaseException:
             self.close()

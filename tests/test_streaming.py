@@ -169,8 +169,8 @@ def test_two_pipelines_in_one_process_do_not_disturb_each_other(model: Path) -> 
 
 
 class LateStreamer(Streamer):
-    def open_reader(self, checkpoint: Checkpoint, io: str) -> Reader:
-        return DelayedReader(checkpoint, io=io)
+    def open_reader(self, checkpoint: Checkpoint, io: str, *, read_ahead: bool = True) -> Reader:
+        return DelayedReader(checkpoint, io=io, read_ahead=read_ahead)
 
 
 def test_late_reads_change_nothing(model: Path) -> None:
