@@ -94,8 +94,10 @@ def test_each_device_has_its_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("device", "seconds", "name"),
-    [("meta", 0.5, "int8"), ("meta", 0.79, "int8"), ("meta", 0.81, "dequant"), ("meta", 2.0, "dequant")]
-    + [("cpu", 0.5, "int8"), ("cpu", 1.24, "int8"), ("cpu", 1.26, "dequant")],
+    [
+        *(("meta", 0.5, "int8"), ("meta", 0.79, "int8"), ("meta", 0.81, "dequant"), ("meta", 2.0, "dequant")),
+        *(("cpu", 0.5, "int8"), ("cpu", 1.24, "int8"), ("cpu", 1.26, "dequant")),
+    ],
 )
 def test_auto_takes_int8_where_it_is_clearly_faster(
     device: str, seconds: float, name: str, monkeypatch: pytest.MonkeyPatch
