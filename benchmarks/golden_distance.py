@@ -58,7 +58,8 @@ def text(folder: Path) -> float:
 
 
 def int8(name: str) -> float:
-    """Largest difference of a dequantised weight over all modes; 0 means equal to the last bit."""
+    """Largest difference of a dequantised weight over all modes; 0 means equal to the last bit, which
+    rotated ones are where the processor sums as the reference's did."""
     stored, worst = goldens.tensors(name), 0.0
     for case in goldens.values(name)["cases"]:
         mode = case["mode"]
@@ -78,7 +79,7 @@ def main() -> None:
         rows = [(f"{s}: velocity", lambda s=s: forward(s, folder), t) for s, t in test_golden_model.TOLERANCE.items()]
         rows += [(n, lambda m=m, n=n: trajectory(m, n, folder), t) for m, n, t in test_golden_sampling.CASES]
         rows += [("te_a: text features", lambda: text(folder), 3e-5)]
-        rows += [(f"{n}: dequantised weights", lambda n=n: int8(n), 0.0) for n in ("int8_a", "int8_ragged")]
+        rows += [(f"{n}: dequantised weights", lambda n=n: int8(n), 1e-6) for n in ("int8_a", "int8_ragged")]
         for label, measure, tolerance in rows:
             try:
                 print(f"{label:40}{measure():20.1e}{tolerance:12.0e}")
