@@ -355,7 +355,7 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         rows = x.reshape(-1, x.shape[-1])
         result, weight = torch.empty_like(rows), self.weight.float()
-        # On a CPU torch's goes over all of x ten times; a few rows at a time stay in the cache meanwhile.
+        # On a CPU torch's goes over all of x many times; a few rows at a time stay in the cache meanwhile.
         step = rows_at_a_time(rows)
         for start in range(0, rows.shape[0], step):
             part = rows[start : start + step].float()

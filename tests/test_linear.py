@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from l2p_lowvram import int8_matmul
 from l2p_lowvram import linear as linear_module
-from l2p_lowvram.linear import Linear, Rotation
+from l2p_lowvram.linear import Linear, RMSNorm, Rotation
 
 ROWS, COLUMNS = 200, 128
 SCALES = {
@@ -58,3 +59,36 @@ def test_a_weight_of_another_float_dtype_is_cast_in_slices(monkeypatch: pytest.M
 
     assert result.dtype == torch.float32
     assert torch.allclose(result, F.linear(x, layer.weight.float(), layer.bias.float()), atol=1e-5)
+
+
+@pytest.mark.parametrize("rotation", [None, Rotation(16)], ids=["plain", "rotated"])
+@pytest.mark.parametrize("scale", ["tensor", "row"])
+@torch.inference_mode()
+def test_scaled_outputs_are_those_of_scaled_weights(
+    scale: str, rotation: Rotation | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_CPU_HALF_ROWS", 64)
+    monkeypatch.setattr(int8_matmul, "_CPU_CACHED_BYTES", 3 * 4 * 64)  # three rows of outputs
+    layer = quantized_linear(SCALES[scale], rotation)
+    x = torch.randn(2, 5, COLUMNS).bfloat16()
+
+    whole, (part,) = layer(x), layer.rows([slice(70, 150)], x.dtype)
+
+    expected = F.linear(x.double(), layer.dequantized().double(), layer.bias.double())
+    assert (whole.double() - expected).norm() < 0.01 * expected.norm()
+    expected = (expected - layer.bias)[..., 70:150]
+    assert (part(x).double() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_a_few_rows_at_a_time_is_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_matmul, "_CPU_CACHED_BYTES", 3 * 4 * COLUMNS)
+    norm = RMSNorm(COLUMNS, 1e-5).requires_grad_(False)
+    norm.weight.copy_(torch.rand(COLUMNS))
+    x = torch.randn(2, 5, COLUMNS).to(dtype)
+    expected = F.rms_norm(x.float(), (COLUMNS,), norm.weight, 1e-5).to(dtype)
+
+    with torch.inference_mode():
+        found = norm(x)
+
+    torch.testing.assert_close(found, expected)
