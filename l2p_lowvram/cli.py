@@ -202,6 +202,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _command(commands, "generate", "make pictures from a prompt", GENERATE_EPILOG, generate_command)
+    _add_model(parser)
+    _add_memory(parser)
+    _add_prompt(parser)
+    _add_sampling(parser)
+    _add_output(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
         "-m", "--model", metavar="MODEL", help="a .safetensors file, a model folder, or demo (the default)"
@@ -218,10 +226,10 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     model.add_argument(
         "--bf16-timestep", action="store_true", help="round the timestep to bf16 as the original code does"
     )
-
     _add_compute(model, "auto: int8 where it is measured to be clearly faster on this device")
-    _add_memory(parser)
 
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("prompt")
     prompts = text.add_mutually_exclusive_group(required=True)
     prompts.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt; - reads it from standard input")
@@ -229,6 +237,8 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     text.add_argument("-n", "--negative-prompt", metavar="TEXT", default="", help="what guidance leads away from")
     text.add_argument("--no-prompt-cache", action="store_true", help="neither read nor keep prompt features on disk")
 
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling (defaults come from the model)")
     sampling.add_argument("-W", "--width", metavar="PIXELS", type=_count, help="default: --image's or the model's")
     sampling.add_argument("-H", "--height", metavar="PIXELS", type=_count, help="likewise")
@@ -268,6 +278,8 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="how far to depart from --image: near 0 hardly, 1 entirely (default 0.6)",
     )
 
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o",

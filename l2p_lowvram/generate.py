@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offload import MemoryWatch, format_bytes, peak_device_bytes, process_memory, start_device_peak
+
 from . import images, metadata
 from .order import Order, Picture, Preview, take_order
-from .peak_memory import peak_device_bytes, peak_rss_bytes, start_device_peak
 from .progress import Progress
 from .report import budget_record, phase_record, phase_table
 from .stdout import print_line
@@ -27,8 +28,6 @@ from .whole_file import whole_file
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
-
-    from offload.memory import MemoryWatch
 
     from .pipeline import L2PPipeline
     from .tilings import PictureWork
@@ -72,8 +71,6 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
 
     Raises InputError, NonFiniteError or KeyboardInterrupt; pictures finished by then stay.
     """
-    from offload.memory import MemoryWatch
-
     started = time.perf_counter()
     order = take_order(options, model or "demo")
     notices = []
@@ -114,8 +111,6 @@ def _breaks_budget(report: dict[str, Any]) -> bool:
     held = report["memory"]["held_bytes"]
     if held <= allowed:
         return False
-    from offload import format_bytes
-
     say(f"budget broken: {format_bytes(held)} were held, {format_bytes(allowed)} allowed")
     return True
 
@@ -338,7 +333,7 @@ def make_report(
         "model": dict(run.pipe.identity),
         "versions": metadata.versions(),
         "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": process_memory().peak,
         "peak_device_bytes": peak_device_bytes(run.pipe.device),
         "memory": {
             "budget": budget_record(run.pipe.memory),
@@ -365,8 +360,6 @@ def _held_bytes(run: Run, watch: MemoryWatch) -> int:
 
 def summary_line(report: dict[str, Any], steps: int) -> str:
     """`2 pictures in 31.0 s, 0.51 s/step, peak memory 1.20 GiB`."""
-    from offload import format_bytes
-
     count, seconds = len(report["images"]), report["seconds"]
     line = f"{count} picture{'' if count == 1 else 's'} in {seconds['total']:.1f} s"
     if steps:

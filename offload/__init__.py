@@ -31,7 +31,9 @@ from offload.memory import (
     ProcessMemory,
     available_device_bytes,
     available_host_bytes,
+    peak_device_bytes,
     process_memory,
+    start_device_peak,
 )
 from offload.paged import PagedBlocks
 from offload.pinned import PinnedArena, default_pin_limit
@@ -71,8 +73,10 @@ __all__ = [
     "format_bytes",
     "module_bytes",
     "parse_bytes",
+    "peak_device_bytes",
     "plan_residency",
     "probe_io",
     "process_memory",
+    "start_device_peak",
     "tensor_bytes",
 ]

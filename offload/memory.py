@@ -8,10 +8,12 @@ not. Linux keeps a peak of their sum only, hence `MemoryWatch`.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import psutil
 import torch
@@ -119,7 +121,18 @@ def process_memory(status: Path = _STATUS) -> ProcessMemory:
         kinds = (fields[name] for name in ("RssAnon", "RssFile", "RssShmem", "VmHWM"))
         return ProcessMemory(*kinds)
     info = psutil.Process().memory_info()
-    return ProcessMemory(info.rss, 0, 0, max(info.rss, getattr(info, "peak_wset", 0)))
+    return ProcessMemory(info.rss, 0, 0, max(info.rss, _peak_by_system(info)))
+
+
+def _peak_by_system(info: Any) -> int:
+    """The largest resident set in bytes, where the kernel's account cannot be read."""
+    if hasattr(info, "peak_wset"):  # Windows
+        return int(info.peak_wset)
+    import resource
+
+    # Only here: on Linux it is inherited from the process that started this one.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # kibibytes everywhere but on macOS
 
 
 def _kibibytes(status: Path) -> Iterator[tuple[str, int]]:
@@ -188,3 +201,18 @@ def available_device_bytes(device: torch.device | str) -> int | None:
         free, _total = module.mem_get_info(device)
         return int(free)
     return None
+
+
+def start_device_peak(device: torch.device) -> None:
+    """Count the device's peak from here on."""
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "reset_peak_memory_stats"):
+        backend.reset_peak_memory_stats(device)
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """The most torch has reserved on `device`, in bytes; None where torch does not count it (CPU, MPS)."""
+    backend: Any = getattr(torch, device.type, None)
+    if not hasattr(backend, "max_memory_reserved"):
+        return None
+    return int(backend.max_memory_reserved(device))
