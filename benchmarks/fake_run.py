@@ -58,6 +58,7 @@ class FakeDevice:
     """A Device whose buffers are fake CUDA tensors, and whose courier runs while the caller waits for it."""
 
     reads_into_device = False
+    fallbacks: Sequence[str] = ()
 
     def __init__(self) -> None:
         self.allocator: CachingAllocator | None = None
@@ -78,6 +79,8 @@ class FakeDevice:
     def release_cached(self) -> None:
         if self.allocator is not None:
             self.allocator.empty_cache()
+
+    def close(self) -> None: ...
 
     def compute_stream(self) -> Stream:
         return _FakeStream()

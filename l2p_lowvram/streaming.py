@@ -25,8 +25,8 @@ from offload import (
     BudgetError,
     Checkpoint,
     CpuDevice,
-    Device,
     IoProbe,
+    OwnedDevice,
     Rates,
     Reader,
     ResidencyPlan,
@@ -255,7 +255,7 @@ class Streamer:
     streams: list[WeightStream] = field(default_factory=list)
     _past_fallbacks: list[str] = field(default_factory=list)
     _probes: dict[str, IoProbe] = field(default_factory=dict)
-    _ring_device: Device | None = None
+    _ring_device: OwnedDevice | None = None
     _process_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -296,15 +296,12 @@ class Streamer:
     def reserve(self, segments: Sequence[int]) -> None:
         """On a card, let torch's allocator have free segments of these bytes, and no others. Else nothing."""
         if self.device.type == "cuda":
-            reserve = getattr(self.ring_device(), "reserve", None)
-            if reserve is not None:
-                reserve(segments)
+            self.ring_device().reserve(segments)
 
     def release_cached(self) -> None:
         """On a card, give back what torch's allocator holds for nobody. Else nothing."""
-        release = getattr(self._ring_device, "release_cached", None)
-        if release is not None:
-            release()
+        if self._ring_device is not None:
+            self._ring_device.release_cached()
 
     def _allocator_limit(self) -> int | None:
         """What torch's allocator may reserve. Library workspaces are in it: cuBLAS and cuDNN get theirs from there."""
@@ -379,7 +376,7 @@ class Streamer:
     def _computes_mapped(self, io: IoChoice) -> bool:
         return io.io == "mmap" and self.device.type == "cpu"
 
-    def ring_device(self) -> Device:
+    def ring_device(self) -> OwnedDevice:
         """What rings run on; made when the first one opens."""
         if self._ring_device is None:
             if self.device.type == "cpu":
@@ -463,14 +460,14 @@ class Streamer:
         """Give everything back. May be called twice; a closed streamer can be used again."""
         self.close_streams()
         device, self._ring_device = self._ring_device, None
-        if device is not None and hasattr(device, "close"):
-            self._past_fallbacks += getattr(device, "fallbacks", [])
+        if device is not None:
+            self._past_fallbacks += device.fallbacks
             device.close()
 
     @property
     def fallbacks(self) -> list[str]:
         """Why copies to the device are slower than they could be; empty in the good case."""
-        return [*self._past_fallbacks, *getattr(self._ring_device, "fallbacks", [])]
+        return [*self._past_fallbacks, *(() if self._ring_device is None else self._ring_device.fallbacks)]
 
 
 def _option(error: BudgetError, *, is_cpu: bool) -> str:

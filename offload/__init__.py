@@ -22,7 +22,7 @@ file; `probe_io(checkpoint, in_place=True)` says "mmap" where that spares proces
 from offload.blocks import Block, Part, SlotLayout, TensorSource
 from offload.checkpoint import Checkpoint
 from offload.cuda import CudaDevice
-from offload.devices import CpuDevice, Device
+from offload.devices import CpuDevice, Device, OwnedDevice
 from offload.errors import BudgetError, CheckpointError
 from offload.header import TensorInfo
 from offload.identity import FileIdentity
@@ -55,6 +55,7 @@ __all__ = [
     "FileIdentity",
     "IoProbe",
     "MemoryWatch",
+    "OwnedDevice",
     "PagedBlocks",
     "Part",
     "PinnedArena",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -123,6 +123,23 @@ class Device(Protocol):
         """Run `courier` beside the caller. Its errors are its own business."""
 
 
+class OwnedDevice(Device, Protocol):
+    """A Device and what its owner, who keeps several rings on it one after the other, asks of it besides."""
+
+    @property
+    def fallbacks(self) -> Sequence[str]:
+        """Why copies are slower than they could be, in words; empty in the good case."""
+
+    def reserve(self, segments: Sequence[int]) -> None:
+        """Let torch's caching allocator hold free segments of these bytes, and no other free ones."""
+
+    def release_cached(self) -> None:
+        """Give back what the caching allocator holds for nobody."""
+
+    def close(self) -> None:
+        """Give everything back, after every ring on this device was closed. May be called twice."""
+
+
 class HostCounter:
     """A Counter between threads."""
 
@@ -212,6 +229,7 @@ class CpuDevice:
     """Computes in host memory; the courier reads the next blocks while the caller computes."""
 
     reads_into_device = True
+    fallbacks: Sequence[str] = ()
 
     def __init__(self) -> None:
         self._stream = _CpuStream()
@@ -239,6 +257,13 @@ class CpuDevice:
 
     def start(self, courier: Courier) -> Worker:
         return CourierThread(courier)
+
+    def reserve(self, segments: Sequence[int]) -> None:
+        """Nothing to do: torch caches no host memory."""
+
+    def release_cached(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def aligned_buffer(nbytes: int) -> Tensor:
