@@ -495,7 +495,8 @@ def probe_io(
     refused: dict[str, str] = {}
     with ExitStack() as stack:
         ways: dict[str, Callable[[Extent], None]] = {}
-        buffer = torch.from_numpy(np.empty(round_bytes, np.uint8))
+        # Written to: a ring's memory is new to the process once, not with every read.
+        buffer = torch.from_numpy(np.full(round_bytes, 1, np.uint8))
         for io in _MARGINS:
             try:
                 if io == "mmap" and in_place:
