@@ -27,6 +27,8 @@ from offload.errors import BudgetError
 from offload.sizes import format_bytes
 
 _STEPS_TO_STEADY_STATE = 3
+# As many slots as the usual block may take: with more, a ring is a long list of small slots.
+_SLOTS_OF_A_BLOCK = 8
 
 
 class Tier(str, Enum):
@@ -126,8 +128,9 @@ def plan_residency(
 ) -> ResidencyPlan:
     """The plan with the least predicted stall that keeps within the budget; of those, the fewest device bytes.
 
-    blocks: in the order of their visits. slots: of the ring; by default at least 3 where blocks come from
-    the disk, at least 2 otherwise, more where that saves stall, and one pair where memory is short.
+    blocks: in the order of their visits. slots: of the ring, each with room for the usual block; by default at least
+    3 where blocks come from the disk, at least 2 otherwise, more where that saves stall, and what there is room for
+    where memory is short.
     Where no link has to be crossed, spare memory is the only RAM there is and holds as many blocks as fit
     without taking the ring's room to hide reads; elsewhere spare device memory goes to blocks whose copy
     cannot hide, spread evenly over the step.
@@ -198,6 +201,20 @@ def _rings(blocks: Sequence[BlockCost], slots: int) -> Iterator[tuple[int, int]]
         yield size, max(slots, -(-sizes[-1] // size))
 
 
+def _rings_within(blocks: Sequence[BlockCost], most: int, limit: int) -> list[tuple[int, int]]:
+    """Rings of 2 to `most` slots that take at most `limit` bytes. Slots far smaller than the usual block, of which one
+    takes many, only where there is room for no others."""
+    found = [ring for count in range(2, most + 1) for ring in _rings(blocks, count) if ring[0] * ring[1] <= limit]
+    found = list(dict.fromkeys(found))
+    return [ring for ring in found if ring[0] * _SLOTS_OF_A_BLOCK >= _usual_bytes(blocks)] or found
+
+
+def _usual_bytes(blocks: Sequence[BlockCost]) -> int:
+    """The median size of those that the steps visit; 0 where there are none."""
+    sizes = sorted(block.nbytes for block in blocks if block.visits > 0)
+    return sizes[len(sizes) // 2] if sizes else 0
+
+
 def _resident_choices(blocks: Sequence[BlockCost], spare: int) -> Iterator[frozenset[str]]:
     """Sets of blocks to keep on the device, none first, each within `spare` bytes and evenly spread.
 
@@ -205,9 +222,7 @@ def _resident_choices(blocks: Sequence[BlockCost], spare: int) -> Iterator[froze
     the ring more than it costs to keep.
     """
     useful = [block for block in blocks if block.visits > 0]
-    sizes = sorted(block.nbytes for block in useful)
-    usual = sizes[len(sizes) // 2] if sizes else 0
-    large = [block for block in useful if block.nbytes > usual]
+    large = [block for block in useful if block.nbytes > _usual_bytes(useful)]
     seen: set[frozenset[str]] = set()
     for first in ([], large):
         fixed = sum(block.nbytes for block in first)
@@ -245,17 +260,20 @@ def _complete(
     wanted = slots or (3 if Tier.DISK in tiers.values() else 2)
     # More slots than wanted can pay where some blocks take several of them.
     most = wanted if slots else 2 * wanted
-    plans = [
-        _describe(blocks, rates, budget, tiers, ring)
-        for count in range(2, most + 1)
-        for ring in (_rings(streamed, count) if streamed else [(0, 0)])
-        if held + ring[0] * ring[1] <= budget.weights
-    ]
-    enough = [plan for plan in plans if plan.slots >= wanted or not streamed]
+    rings = _rings_within(streamed, most, budget.weights - held) if streamed else [(0, 0)]
+    plans = [_describe(blocks, rates, budget, tiers, ring) for ring in rings if held <= budget.weights]
+    usual = _usual_bytes(streamed)
+    enough = [plan for plan in plans if not streamed or _room(plan, usual) >= wanted]
     if enough or not plans:
         return min(enough, key=lambda plan: _rank(plan, rates), default=None)
-    best = min(plans, key=lambda plan: (-plan.slots, _rank(plan, rates)))
-    return replace(best, notes=(f"{best.slots} slots instead of {wanted}, for want of device memory",))
+    best = min(plans, key=lambda plan: (-_room(plan, usual), _rank(plan, rates)))
+    room = _room(best, usual)
+    return replace(best, notes=(f"a ring for {room} instead of {wanted} blocks, for want of device memory",))
+
+
+def _room(plan: ResidencyPlan, nbytes: int) -> int:
+    """Blocks of so many bytes that the ring holds at once: a block may take several slots, and none in part."""
+    return plan.slots // max(-(-nbytes // plan.slot_bytes), 1)
 
 
 def _host_tiers(streamed: Sequence[BlockCost], rates: Rates, budget: Budget) -> dict[str, Tier]:

@@ -189,11 +189,34 @@ def test_without_a_link_spare_memory_keeps_as_many_blocks_as_fit() -> None:
     assert whole.streamed_bytes == 0
 
 
+@pytest.mark.parametrize("small", [512, 65_536, LAYER // 27])
+@pytest.mark.parametrize("spare", [2.1, 2.5, 2.9])
+def test_a_small_block_does_not_make_a_ring_of_small_slots_that_holds_one_layer(small: int, spare: float) -> None:
+    blocks = [BlockCost("embedder", small, 0.0), *with_refiners(seconds=0.15)]
+    rates, budget = Rates(disk=1.5e9), Budget(device=int(spare * LAYER))
+
+    plan = plan_residency(blocks, rates, budget)
+
+    assert (plan.slots, plan.slot_bytes) == (2, LAYER)
+    assert plan.notes == ("a ring for 2 instead of 3 blocks, for want of device memory",)
+    one_by_one = predict_stall(blocks, rates, plan.tiers, slots=53, slot_bytes=LAYER // 26)
+    assert plan.stall_seconds < 0.5 * one_by_one
+
+
+def test_many_small_slots_are_taken_where_there_is_room_for_no_others() -> None:
+    blocks = [BlockCost("embedder", LAYER // 20, 0.0), BlockCost("refiner", LAYER + LAYER // 2, 0.1), *layers(4)]
+
+    plan = plan_residency(blocks, Rates(disk=1.5e9), Budget(device=LAYER + LAYER // 2 + LAYER // 20))
+
+    assert plan.slot_bytes < LAYER // 8
+    assert plan.notes == ("a ring for 1 instead of 3 blocks, for want of device memory",)
+
+
 def test_fewer_slots_than_wished_are_noted() -> None:
     plan = plan_residency(layers(34), RATES, Budget(device=2 * LAYER, host=GIB, staging=0), slots=3)
 
     assert plan.slots == 2
-    assert plan.notes == ("2 slots instead of 3, for want of device memory",)
+    assert plan.notes == ("a ring for 2 instead of 3 blocks, for want of device memory",)
 
 
 def test_a_plan_is_frozen() -> None:
