@@ -39,6 +39,9 @@ class TransformerWeights(Protocol):
         Raises BudgetError.
         """
 
+    def told(self, work: PictureWork) -> str:
+        """How a run would be cut and where its blocks would live, in words. Raises BudgetError if it cannot be."""
+
     def reserve(self, work: PictureWork, tiling: Tiling) -> None:
         """Get the memory of the steps ready; after `open`, with everything made that lives longer than a step."""
 
@@ -56,6 +59,9 @@ class ResidentWeights:
 
     def open(self, work: PictureWork) -> Tiling:
         return next(tilings(self._config, work))
+
+    def told(self, work: PictureWork) -> str:
+        return f"slices of {self.open(work).told()}; all weights in place"
 
     def reserve(self, work: PictureWork, tiling: Tiling) -> None: ...
 
@@ -85,11 +91,16 @@ class StreamedWeights:
     def open(self, work: PictureWork) -> Tiling:
         tiling, demand = self.choose(work)
         if self._stream is not None and not self._stream.closed:
-            if demand.activations <= self._stream.work.activations:
+            planned = self._stream.work
+            if demand.activations <= planned.activations and demand.host_bytes <= planned.host_bytes:
                 return tiling
             self._stream.close()
         self._stream = self._streamer.open(self._transformer, self._checkpoint, demand)
         return tiling
+
+    def told(self, work: PictureWork) -> str:
+        tiling, demand = self.choose(work)
+        return f"slices of {tiling.told()}; {self._streamer.told(demand, self._checkpoint)}"
 
     def reserve(self, work: PictureWork, tiling: Tiling) -> None:
         self._streamer.reserve(device_segments(self._config, work, tiling))

@@ -34,7 +34,6 @@ from .model_weights import (
     IMAGE_EMBEDDER,
     LOCAL_DECODER,
     ResidentWeights,
-    StreamedWeights,
     TransformerWeights,
 )
 from .prompt_cache import PromptCache
@@ -386,10 +385,7 @@ class L2PPipeline:
 
     def choose_slices(self, work: PictureWork) -> str:
         """How a run would be cut and where its blocks would live, in words. Raises BudgetError if it cannot be."""
-        if not isinstance(self.weights, StreamedWeights):
-            return f"slices of {next(tilings(self.config, work)).told()}; all weights in place"
-        tiling, demand = self.weights.choose(work)
-        return f"slices of {tiling.told()}; {self.streamer.told(demand)}"
+        return self.weights.told(work)
 
     def _denoise(self, job: _Job, tiling: Tiling) -> Tensor:
         """The Euler loop, on pictures in host memory. Returns the last pixels, or the estimate after `interrupt`."""

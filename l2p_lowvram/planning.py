@@ -129,7 +129,7 @@ class Planner:
             tiling, demand = weights.choose(work)
         except BudgetError as error:
             return self._refused(request, error)
-        plan = self._streamer.plan(demand)
+        plan = self._streamer.plan(demand, None)
         step, decoder = self._denoise(work, tiling, demand, plan)
         phases = [*self._encode(request), step, decoder, self._save(request)]
         per_step = step.seconds + decoder.seconds
@@ -184,7 +184,7 @@ class Planner:
             return []
         demand = encoder.work([_PROMPT_TOKENS] * (2 if request.cfg_scale != 1 else 1))
         try:
-            plan = self._streamer.plan(demand)
+            plan = self._streamer.plan(demand, None)
         except BudgetError:
             return []
         read = sum(block.layout.read_bytes for block in demand.blocks)

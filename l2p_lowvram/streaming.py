@@ -270,8 +270,8 @@ class Streamer:
         if not self._has_ring:
             return self._open_mapped(model, checkpoint, work, io)
         if self._computes_mapped(io):
-            return self._open_paged(model, checkpoint, work.with_copies(), io)
-        plan = self._plan_with_room(work)
+            return self._open_paged(model, checkpoint, work, io)
+        plan = self._plan_with_room(work, checkpoint)
         with ExitStack() as stack:
             # Entered first, and so called when the ring is closed: the next phase needs other sizes.
             stack.callback(self.release_cached)
@@ -310,11 +310,11 @@ class Streamer:
     def require_room(self, checkpoint: Checkpoint, work: Work) -> None:
         """Raise BudgetError unless the phase fits, no other being open."""
         if self._has_ring:
-            self.plan(work.with_copies() if self._computes_mapped(self._choose_io(checkpoint, work)) else work)
+            self.plan(work, checkpoint)
 
-    def told(self, work: Work) -> str:
+    def told(self, work: Work, checkpoint: Checkpoint) -> str:
         """`6 blocks stay, 31 stream, 1.95 GiB in all`."""
-        plan = self.plan(work)
+        plan = self.plan(work, checkpoint)
         stay = plan.count(Tier.DEVICE)
         return f"{stay} blocks stay, {len(work.blocks) - stay} stream, {format_bytes(plan.device_bytes)} in all"
 
@@ -322,9 +322,14 @@ class Streamer:
         """What reads a phase's files. Raises CheckpointError, OSError."""
         return Reader(checkpoint, io=io, read_ahead=read_ahead)
 
-    def plan(self, work: Work, beside: Sequence[WeightStream] = ()) -> ResidencyPlan:
-        """Where the blocks of a phase will live, beside those of phases that stay open. Raises BudgetError."""
+    def plan(self, work: Work, checkpoint: Checkpoint | None, beside: Sequence[WeightStream] = ()) -> ResidencyPlan:
+        """Where the blocks of a phase will live, beside those of phases that stay open. Raises BudgetError.
+
+        checkpoint: what is probed where `io` is "auto"; else it may be None.
+        """
         is_cpu = self.device.type == "cpu"
+        if is_cpu and self._computes_mapped(self._choose_io(checkpoint, work)):
+            work = work.with_copies()
         budget = self._host_budget(work, beside) if is_cpu else self._device_budget(work, beside)
         rates = Rates(disk=_DISK_RATE) if is_cpu else Rates(disk=_DISK_RATE, cached=_CACHED_RATE, link=_LINK_RATE)
         try:
@@ -333,16 +338,16 @@ class Streamer:
             message = f"{work.phase}: {error}; give more with {_option(error, is_cpu=is_cpu)}"
             raise BudgetError(message, error.needed) from None
 
-    def _plan_with_room(self, work: Work) -> ResidencyPlan:
+    def _plan_with_room(self, work: Work, checkpoint: Checkpoint) -> ResidencyPlan:
         """`plan`, if need be after closing the other phases."""
         try:
-            return self.plan(work, self.streams)
+            return self.plan(work, checkpoint, self.streams)
         except BudgetError:
             self.close_streams()
-            return self.plan(work)
+            return self.plan(work, checkpoint)
 
     def _open_paged(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
-        plan = self._plan_with_room(work)
+        plan = self._plan_with_room(work, checkpoint)
         with ExitStack() as stack:
             # Blocks are brought by their pages: it reads single rows.
             reader = stack.enter_context(self.open_reader(checkpoint, "read", read_ahead=False))
@@ -388,9 +393,10 @@ class Streamer:
                 self._ring_device = CudaDevice(self.device, pin_limit=self.options.pin, memory_limit=limit, timing=True)
         return self._ring_device
 
-    def _choose_io(self, checkpoint: Checkpoint, work: Work) -> IoChoice:
+    def _choose_io(self, checkpoint: Checkpoint | None, work: Work) -> IoChoice:
         if self.options.io != "auto":
             return IoChoice(self.options.io, None, f"{self.options.io}, as asked for")
+        assert checkpoint is not None, "what is to be probed"
         size = sum(identity.size for identity in checkpoint.identities.values())
         if size < _PROBED_BYTES:
             return IoChoice("read", None, f"read: {format_bytes(size)} are not worth a probe")

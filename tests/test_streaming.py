@@ -15,13 +15,13 @@ from torch import Tensor
 
 from l2p_lowvram import L2PPipeline, cli, streaming
 from l2p_lowvram.layout import read_layout
-from l2p_lowvram.model_weights import cut_into_blocks
+from l2p_lowvram.model_weights import StreamedWeights, cut_into_blocks
 from l2p_lowvram.report import phase_table
 from l2p_lowvram.repository import locate_model
 from l2p_lowvram.selftest import DelayedReader
 from l2p_lowvram.streaming import MemoryOptions, Streamer
 from l2p_lowvram.weights import build_transformer, lent, load_transformer
-from offload import BudgetError, Checkpoint, CheckpointError, ProcessMemory, Reader, Tier
+from offload import BudgetError, Checkpoint, CheckpointError, ProcessMemory, Reader, Tier, format_bytes
 from tests import goldens
 
 STEPS = 3
@@ -139,6 +139,37 @@ def test_weights_stay_for_the_next_picture_and_captions_for_the_same_prompt(mode
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("io", ["read", "mmap"])
+def test_weights_that_stay_for_a_larger_picture_leave_it_the_room_it_needs(model: Path, io: str) -> None:
+    """With mmap that includes what a visit copies."""
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram="2GiB", io=io) as pipe:
+        weights = pipe.weights
+        assert isinstance(weights, StreamedWeights)
+        for width in range(64, 256, 32):
+            work = pipe.work(width, 32, 1, 1.0, 32)
+            weights.open(work)
+            stream, demand = pipe.streamer.streams[-1], weights.choose(work)[1]
+            needed = (demand.with_copies() if io == "mmap" else demand).activations
+            assert stream.plan is not None
+            beside = stream.plan.device_bytes - stream.planned_device_bytes - pipe.streamer.process_bytes
+            assert beside >= needed
+        assert demand.with_copies().activations > demand.activations
+
+
+def test_what_is_told_of_a_run_is_what_it_does(model: Path) -> None:
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model, "mmap") + 200_000, io="mmap") as pipe:
+        work = pipe.work(64, 32, 1, 1.0, 32)
+        told = pipe.choose_slices(work)
+        pipe.weights.open(work)
+        (stream,) = pipe.streamer.streams
+
+    assert stream.plan is not None
+    stay = stream.plan.count(Tier.DEVICE)
+    assert told.endswith(
+        f"{stay} blocks stay, {len(stream.work.blocks) - stay} stream, {format_bytes(stream.plan.device_bytes)} in all"
+    )
+
+
 def test_a_closed_pipeline_can_be_used_again(model: Path) -> None:
     pipe = L2PPipeline.from_pretrained(model, dtype="fp32")
     first = pipe(**PROMPT, **FAST).images
@@ -194,7 +225,7 @@ def test_a_file_that_changes_under_way_stops_the_run_by_name(model: Path, change
             os.utime(model, ns=(1, 1))
 
     with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
-        with pytest.raises(CheckpointError, match=rf"{model.name}.*(replaced|cut short|modified since)"):
+        with pytest.raises(CheckpointError, match=rf"{model.name}.*(replaced|cut short|modified since|was removed)"):
             pipe(**PROMPT, **FAST, callback_on_step_end=spoil)
         model.write_bytes(whole)
     with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
