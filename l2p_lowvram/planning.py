@@ -124,11 +124,10 @@ class Planner:
         """Raises ValueError for a size that the model does not draw."""
         self.config.check_size(request.width, request.height)
         work = request.work()
-        weights = self._opened.weights
-        try:
-            tiling, demand = weights.choose(work)
-        except BudgetError as error:
-            return self._refused(request, error)
+        refusals = self._refusals(request, work)
+        if refusals:
+            return self._refused(request, max(refusals, key=lambda error: error.needed))
+        tiling, demand = self._opened.weights.choose(work)
         plan = self._streamer.plan(demand, None)
         step, decoder = self._denoise(work, tiling, demand, plan)
         phases = [*self._encode(request), step, decoder, self._save(request)]
@@ -179,14 +178,12 @@ class Planner:
         return step, PhasePlan("local decoder (of a step)", device, host, 0, 0, seconds[LOCAL_DECODER])
 
     def _encode(self, request: PlanRequest) -> list[PhasePlan]:
+        """Raises BudgetError."""
         encoder = self._encoder
         if encoder is None:
             return []
         demand = encoder.work([_PROMPT_TOKENS] * (2 if request.cfg_scale != 1 else 1))
-        try:
-            plan = self._streamer.plan(demand, None)
-        except BudgetError:
-            return []
+        plan = self._streamer.plan(demand, None)
         read = sum(block.layout.read_bytes for block in demand.blocks)
         tokens = _PROMPT_TOKENS * (2 if request.cfg_scale != 1 else 1)
         compute = 2 * tokens * _parameters(encoder) / self._profile.flops
@@ -210,6 +207,7 @@ class Planner:
         return Rates(disk=self._profile.disk, cached=_CACHED_RATE, link=self._profile.link)
 
     def _refused(self, request: PlanRequest, error: BudgetError) -> RunPlan:
+        on_host = self._profile.is_cpu or error.of == "host"
         return RunPlan(
             fits=False,
             reason=str(error),
@@ -217,8 +215,8 @@ class Planner:
             width=request.width,
             height=request.height,
             profile=self._profile.name,
-            peak_device_bytes=0 if self._profile.is_cpu else error.needed,
-            peak_host_bytes=error.needed if self._profile.is_cpu else 0,
+            peak_device_bytes=0 if on_host else error.needed,
+            peak_host_bytes=error.needed if on_host else 0,
             seconds_per_step=0.0,
             seconds=0.0,
             phases=(),
@@ -252,11 +250,17 @@ class Planner:
         return next(sides), next(sides)
 
     def _fits(self, request: PlanRequest, width: int, height: int) -> bool:
-        try:
-            self._opened.weights.choose(request.work(width, height))
-        except BudgetError:
-            return False
-        return True
+        return not self._refusals(request, request.work(width, height))
+
+    def _refusals(self, request: PlanRequest, work: PictureWork) -> list[BudgetError]:
+        """Of the phases that do not fit."""
+        found = []
+        for attempt in (lambda: self._encode(request), lambda: self._opened.weights.choose(work)):
+            try:
+                attempt()
+            except BudgetError as error:
+                found.append(error)
+        return found
 
 
 def _parameters(encoder: StreamedTextEncoder) -> int:

@@ -61,6 +61,8 @@ _HOST_STEP = 64 << 20
 CONTEXT_BYTES = 512 << 20
 WORKSPACE_BYTES = 128 << 20
 _STAGING_BYTES = 64 << 20
+# With less every copy is so short that its overhead counts.
+_LEAST_STAGING_BYTES = 4 << 20
 # For the planner alone: rough, and the same on every run, so that plans are. Plans are made for slow
 # machines: on a faster one a block more than necessary stays, which costs nothing.
 _DISK_RATE, _CACHED_RATE, _LINK_RATE = 1.5e9, 5e9, 6e9
@@ -330,13 +332,13 @@ class Streamer:
         is_cpu = self.device.type == "cpu"
         if is_cpu and self._computes_mapped(self._choose_io(checkpoint, work)):
             work = work.with_copies()
-        budget = self._host_budget(work, beside) if is_cpu else self._device_budget(work, beside)
         rates = Rates(disk=_DISK_RATE) if is_cpu else Rates(disk=_DISK_RATE, cached=_CACHED_RATE, link=_LINK_RATE)
         try:
+            budget = self._host_budget(work, beside) if is_cpu else self._device_budget(work, beside)
             return plan_residency(work.costs(), rates, budget, slots=self.options.slots)
         except BudgetError as error:
-            message = f"{work.phase}: {error}; give more with {_option(error, is_cpu=is_cpu)}"
-            raise BudgetError(message, error.needed) from None
+            option = "--ram" if is_cpu or error.of == "host" else "--vram"
+            raise BudgetError(f"{work.phase}: {error}; give more with {option}", error.needed, error.of) from None
 
     def _plan_with_room(self, work: Work, checkpoint: Checkpoint) -> ResidencyPlan:
         """`plan`, if need be after closing the other phases."""
@@ -427,7 +429,7 @@ class Streamer:
             free = available_device_bytes(self.device)
             assert free is not None, "a device with a ring tells its memory"
             vram = (free + sum(stream.device_bytes for stream in self.streams)) // 20 * 19 + CONTEXT_BYTES
-        host = max(self._ram() - self.process_bytes - work.host_bytes - sum(stream.host_bytes for stream in beside), 0)
+        host = self._host_left(work, beside)
         pin = system_pin_limit() if self.options.pin is None else self.options.pin
         return Budget(
             vram,
@@ -436,6 +438,21 @@ class Streamer:
             host=host,
             pinned=min(pin, host),
             staging=min(_STAGING_BYTES, host),
+        )
+
+    def _host_left(self, work: Work, beside: Sequence[WeightStream]) -> int:
+        """Host bytes for weights on their way to a card. Raises BudgetError where there are hardly any."""
+        ram = self._ram()
+        taken = self.process_bytes + work.host_bytes + sum(stream.host_bytes for stream in beside)
+        if ram - taken >= _LEAST_STAGING_BYTES:
+            return ram - taken
+        needed = taken + _LEAST_STAGING_BYTES
+        parts = f"process and pictures {format_bytes(taken)} + staging ring {format_bytes(_LEAST_STAGING_BYTES)}"
+        raise BudgetError(
+            f"RAM budget {format_bytes(ram)} is too small: {parts} = {format_bytes(needed)}; "
+            f"the nearest plan that fits takes {needed} bytes",
+            needed,
+            "host",
         )
 
     @property
@@ -474,8 +491,3 @@ class Streamer:
     def fallbacks(self) -> list[str]:
         """Why copies to the device are slower than they could be; empty in the good case."""
         return [*self._past_fallbacks, *(() if self._ring_device is None else self._ring_device.fallbacks)]
-
-
-def _option(error: BudgetError, *, is_cpu: bool) -> str:
-    """The option that a refusal is about."""
-    return "--ram" if is_cpu or "host budget" in str(error) else "--vram"

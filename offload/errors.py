@@ -30,12 +30,14 @@ class CheckpointError(ValueError):
 class BudgetError(ValueError):
     """A byte budget is too small; the message says what would fit.
 
-    needed: the smallest budget that would do, in bytes.
+    needed: the smallest budget that would do, in bytes. of: which memory's budget, "device" or "host"; where a CPU
+    computes there is only the one.
     """
 
-    def __init__(self, message: str, needed: int = 0) -> None:
-        super().__init__(message, needed)
+    def __init__(self, message: str, needed: int = 0, of: str = "device") -> None:
+        super().__init__(message, needed, of)
         self.needed = needed
+        self.of = of
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -191,6 +191,7 @@ def _require_staging(blocks: Sequence[BlockCost], rates: Rates, budget: Budget) 
             f"host budget {format_bytes(budget.host)} is too small: the staging ring takes "
             f"{format_bytes(budget.staging)}; the nearest plan that fits takes {budget.staging} bytes",
             budget.staging,
+            "host",
         )
 
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from l2p_lowvram import L2PPipeline, cli, linear, pipeline
+from l2p_lowvram import L2PPipeline, cli, linear, pipeline, streaming
 from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.planning import make_plan
 from l2p_lowvram.profiles import ANY_CARD, ANY_CPU, PROFILES
 from l2p_lowvram.repository import locate_model
-from l2p_lowvram.streaming import MemoryOptions
+from l2p_lowvram.streamed_encoder import StreamedTextEncoder
+from l2p_lowvram.streaming import MemoryOptions, Work
 from l2p_lowvram.tilings import PictureWork, device_activations, tilings
-from offload.memory import process_memory
+from offload.memory import ProcessMemory, process_memory
 from tests import goldens
 from tests.test_streaming import FAST, PROMPT
 
@@ -77,6 +78,33 @@ def test_what_does_not_fit_names_the_smallest_budget_and_the_largest_size(
     capsys.readouterr()
     fewer = str(plan["smallest_budget"] - 1)
     assert cli.main(["plan", "-m", "demo", "-W", "8192", "-H", "4096", "--vram", fewer]) == 2
+
+
+def test_too_little_host_memory_for_a_card_does_not_fit_either(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "process_memory", lambda: ProcessMemory(300 << 20, 0, 0, 0))
+    arguments = ["plan", "-m", "demo", "-W", "256", "-H", "256", "--vram", "4GiB", "--device-profile", "rtx3060-12g"]
+
+    assert cli.main([*arguments, "--ram", "20MiB", "--json"]) == 2
+    plan = json.loads(capsys.readouterr().out)
+
+    assert "RAM budget 20.00 MiB is too small" in plan["reason"]
+    assert plan["peak_device_bytes"] == 0
+    assert cli.main([*arguments, "--ram", str(plan["smallest_budget"])]) == 0
+
+
+def test_a_text_encoder_that_does_not_fit_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(self: StreamedTextEncoder, lengths: list[int]) -> Work:
+        return Work("text encoder", [], {}, activations=3 << 30)
+
+    monkeypatch.setattr(StreamedTextEncoder, "work", work)
+    plan = make_plan(locate_model("demo"), ANY_CARD, MemoryOptions(vram=3 << 30), {**ASKED, "width": 64, "height": 64})
+
+    assert not plan.fits
+    assert plan.reason is not None
+    assert plan.reason.startswith("text encoder: ")
+    assert plan.smallest_budget == plan.peak_device_bytes > 3 << 30
 
 
 def test_the_prediction_reads_no_weight(model: Path) -> None:

@@ -19,9 +19,18 @@ from l2p_lowvram.model_weights import StreamedWeights, cut_into_blocks
 from l2p_lowvram.report import phase_table
 from l2p_lowvram.repository import locate_model
 from l2p_lowvram.selftest import DelayedReader
-from l2p_lowvram.streaming import MemoryOptions, Streamer
+from l2p_lowvram.streaming import MemoryOptions, Streamer, Work
 from l2p_lowvram.weights import build_transformer, lent, load_transformer
-from offload import BudgetError, Checkpoint, CheckpointError, ProcessMemory, Reader, Tier, format_bytes
+from offload import (
+    BudgetError,
+    Checkpoint,
+    CheckpointError,
+    ProcessMemory,
+    Reader,
+    ResidencyPlan,
+    Tier,
+    format_bytes,
+)
 from tests import goldens
 
 STEPS = 3
@@ -96,6 +105,23 @@ def visited_once(model: Path) -> frozenset[str]:
     """Blocks visited once: they are never kept."""
     with Checkpoint.open(model) as checkpoint:
         return cut_into_blocks(read_layout(checkpoint))[1]
+
+
+def test_too_little_host_memory_beside_a_card_is_refused_with_the_numbers(model: Path) -> None:
+    with Checkpoint.open(model) as checkpoint:
+        work = Work("64x32", cut_into_blocks(read_layout(checkpoint))[0], {}, activations=0, host_bytes=1 << 20)
+
+    def plan(ram: int) -> ResidencyPlan:
+        return Streamer(torch.device("cuda"), MemoryOptions(vram=4 << 30, ram=ram)).plan(work, None)
+
+    with pytest.raises(
+        BudgetError, match=r"64x32: RAM budget 100\.00 MiB is too small: .*; give more with --ram"
+    ) as info:
+        plan(100 << 20)
+
+    assert plan(info.value.needed).staging_bytes >= 4 << 20
+    with pytest.raises(BudgetError):
+        plan(info.value.needed - 1)
 
 
 def test_one_byte_less_than_the_smallest_budget_is_refused_with_the_numbers(model: Path) -> None:
