@@ -141,6 +141,8 @@ def measure_here(device: str, dtype: str, model: str | None) -> DeviceProfile:
     else:
         with Checkpoint.open(model) as checkpoint:
             probe = probe_io(checkpoint)
+        if not probe.rates:
+            raise ValueError(f"{model} cannot be read: {probe.reason}")
         disk, disk_source = probe.rates[probe.io], probe.reason
     memory = available_device_bytes(place)
     if memory is None:

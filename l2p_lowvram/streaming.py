@@ -414,8 +414,9 @@ class Streamer:
             share = work.copied_share
             if share > _MOST_COPIED:
                 reason = f"{probe.reason_of(probe.reader)}; mmap would copy {share:.0%}"
-                return IoChoice(probe.reader, probe.rates[probe.reader], reason)
-        return IoChoice(probe.io, probe.rates[probe.io], probe.reason)
+                return IoChoice(probe.reader, probe.rates.get(probe.reader), reason)
+        # No rate where nothing could be read: the first block will tell which bytes.
+        return IoChoice(probe.io, probe.rates.get(probe.io), probe.reason)
 
     def _host_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
         """On the CPU: one budget for everything."""

@@ -5,7 +5,7 @@ streamed are read: in pieces of about 1 MiB, by several threads, straight to whe
 
     read     positional reads through the page cache
     direct   positional reads past it (O_DIRECT), through an aligned buffer per thread; Linux only
-    mmap     copies out of a mapping; a file cut short meanwhile ends the process, so never the default
+    mmap     copies out of a mapping; a file cut short meanwhile ends the process, so only where it is asked for
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from offload.paging import PageTable
 PIECE_BYTES = 1 << 20
 THREADS = 4
 # Read, no longer wanted, and dropped from the page cache together.
-_DROPPED_BYTES = 64 << 20
+_DROPPED_BYTES, _DROPPED_RANGES = 64 << 20, 1024
 # What devices and file systems want offsets, lengths and addresses of direct reads to be multiples of.
 DIRECT_ALIGNMENT = 4096
 
@@ -59,6 +59,37 @@ class OpenFile(Protocol):
     def close(self) -> None: ...
 
 
+class _Unwanted:
+    """Ranges of a file that need not stay in the page cache, told to the system many at a time: advice on pages just
+    read makes the kernel flush lists on every processor, and given for each piece it takes longer than the reading.
+    """
+
+    def __init__(self, tell: Callable[[int, int], None]) -> None:
+        """tell: is given offset and bytes of a range; what it raises as OSError is ignored, this being but advice."""
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._ranges: list[tuple[int, int]] = []
+        self._bytes = 0
+
+    def add(self, offset: int, nbytes: int) -> None:
+        with self._lock:
+            self._ranges.append((offset, nbytes))
+            self._bytes += nbytes
+            if self._bytes >= _DROPPED_BYTES or len(self._ranges) >= _DROPPED_RANGES:
+                self._flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        for offset, nbytes in _joined(self._ranges):
+            with suppress(OSError):  # a file system that takes no advice
+                self._tell(offset, nbytes)
+        self._ranges.clear()
+        self._bytes = 0
+
+
 class PositionalFile:
     """One descriptor, read with preadv. read_ahead: whether the system may read on past what is asked for."""
 
@@ -67,8 +98,7 @@ class PositionalFile:
         if not read_ahead and hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # a file system that takes no advice
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        self._lock = threading.Lock()
-        self._unwanted: list[tuple[int, int]] = []
+        self._unwanted = _Unwanted(self._let_go)
 
     def read_into(self, offset: int, target: _Bytes) -> int:
         done = 0
@@ -84,24 +114,15 @@ class PositionalFile:
         return os.preadv(self._descriptor, [target.data], offset)
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
-        """Many ranges at a time: advice on pages just read makes the kernel flush lists on every processor, and
-        given for each piece it takes longer than the reading."""
-        with self._lock:
-            self._unwanted.append((offset, nbytes))
-            if sum(size for _, size in self._unwanted) >= _DROPPED_BYTES:
-                self._drop()
+        self._unwanted.add(offset, nbytes)
 
-    def _drop(self) -> None:
-        for offset, nbytes in _joined(self._unwanted):
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
-        self._unwanted.clear()
+    def _let_go(self, offset: int, nbytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        try:
-            self._drop()
-        finally:
-            os.close(self._descriptor)
+        self._unwanted.flush()
+        os.close(self._descriptor)
 
 
 def _joined(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -199,7 +220,10 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            self._mapped: _Bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._mapped: _Bytes = np.frombuffer(mapping, np.uint8)
+        self._pages = PageTable(path, mapping, self._mapped)
+        self._unwanted = _Unwanted(self._pages.let_go)
 
     def read_into(self, offset: int, target: _Bytes) -> int:
         source = self._mapped[offset : offset + target.nbytes]
@@ -207,11 +231,13 @@ class MappedFile:
         return source.nbytes
 
     def drop_cache(self, offset: int, nbytes: int) -> None:
-        """Dropping what is mapped does nothing on Linux."""
+        self._unwanted.add(offset, nbytes)
 
     def close(self) -> None:
+        self._unwanted.flush()
+        self._pages.close()
         # Dropping the last reference unmaps; mmap.close would raise while the array lives.
-        self._mapped = np.empty(0, np.uint8)
+        del self._mapped, self._pages, self._unwanted
 
 
 def open_file(path: Path, io: str, piece_bytes: int = PIECE_BYTES, *, read_ahead: bool = True) -> OpenFile:
@@ -311,6 +337,8 @@ class Reader:
         self._files: dict[Path, OpenFile] = {}
         self._pieces: SimpleQueue[_Piece | None] = SimpleQueue()
         self._jobs: WeakSet[ReadJob] = WeakSet()
+        self._submitting = threading.Lock()
+        self._closed = False
         self._threads = [threading.Thread(target=self._work, name="offload-read", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -335,7 +363,7 @@ class Reader:
 
         label: the block, for messages. drop_cache: the bytes will not be read again soon, and what holds
         them in the page cache is better used otherwise.
-        Raises CheckpointError when a file changed; errors of the reads come from the job.
+        Raises CheckpointError when a file changed, ValueError once closed; errors of the reads come from the job.
         """
         for path in sorted({extent.path for extent in extents}):
             check_before_read(self._identities[path], path, label)
@@ -344,12 +372,15 @@ class Reader:
             (extent, start) for extent in extents for start in range(0, extent.nbytes, self._piece_bytes)
         ]  # one per piece
         job = ReadJob(len(spans))
-        self._jobs.add(job)
-        for extent, start in spans:
-            nbytes = min(self._piece_bytes, extent.nbytes - start)
-            begin = extent.target + start
-            view = target[begin : begin + nbytes]
-            self._pieces.put(_Piece(job, label, extent.path, extent.offset + start, view, drop_cache))
+        with self._submitting:
+            if self._closed:
+                raise ValueError(f"block {label} cannot be read: the reader is closed")
+            self._jobs.add(job)
+            for extent, start in spans:
+                nbytes = min(self._piece_bytes, extent.nbytes - start)
+                begin = extent.target + start
+                view = target[begin : begin + nbytes]
+                self._pieces.put(_Piece(job, label, extent.path, extent.offset + start, view, drop_cache))
         self.read_bytes += sum(extent.nbytes for extent in extents)
         return job
 
@@ -384,6 +415,8 @@ class Reader:
 
     def close(self) -> None:
         """Cancel what is under way, end the threads, close the files. May be called twice."""
+        with self._submitting:  # no piece may come after what ends the threads
+            self._closed = True
         for job in list(self._jobs):
             job.cancel()
         for _ in self._threads:
@@ -400,9 +433,8 @@ class Reader:
         self.close()
 
 
-# The plainest way first, and by how much another has to beat it. What a short probe on a busy machine says is
-# worth little more; and a mapping of a file that is cut short ends the process.
-_MARGINS = {"read": 1.0, "direct": 1.15, "mmap": 1.3}
+# What a short probe on a busy machine says is worth little more: by how much direct reads have to beat plain ones.
+_DIRECT_MARGIN = 1.15
 # Of the rate of the fastest reader and of its processor time: what pages brought in place must reach, and may take.
 _PAGED_RATE, _PAGED_PROCESSOR = 0.5, 0.75
 
@@ -411,8 +443,8 @@ _PAGED_RATE, _PAGED_PROCESSOR = 0.5, 0.75
 class IoProbe:
     """What each way of reading a file does here, in bytes per second of each round, and why some are not available.
 
-    processor: where "mmap" is computing on the mapped file, which takes its processors from reading: seconds of
-    processor time per byte, of each round. Else None, and "mmap" is copying out of the mapping.
+    processor: where "mmap" was tried, which is computing on the mapped file, on the processors that reading takes time
+    of: seconds of processor time per byte, of each round. Else None.
     """
 
     rounds: Mapping[str, Sequence[float]]
@@ -426,21 +458,20 @@ class IoProbe:
 
     @property
     def io(self) -> str:
-        """The best way: of readers the fastest, a plainer one being kept unless another is clearly faster, in every
-        round; "mmap" in place where it clearly spares the processors and is not much slower."""
+        """The best way: "mmap" where it clearly spares the processors and is not much slower; else `reader`."""
         return "mmap" if self._spares_processors else self.reader
 
     @property
     def reader(self) -> str:
-        """`io`, of the ways that copy into buffers."""
+        """Of the ways that read into buffers "direct" where it is clearly faster, in every round; else "read".
+
+        Never copying out of a mapping: a file cut short meanwhile would end the process.
+        """
         rates = self.rates
-        ways = [io for io in _MARGINS if io in rates and (io != "mmap" or self.processor is None)]
-        chosen = ways[0] if ways else "read"
-        for io in ways:
-            is_clear = min(self.rounds[io]) > max(self.rounds[chosen])
-            if is_clear and rates[io] > _MARGINS[io] * rates[chosen]:
-                chosen = io
-        return chosen
+        if "direct" not in rates or "read" not in rates:
+            return "direct" if "direct" in rates else "read"
+        in_every_round = min(self.rounds["direct"]) > max(self.rounds["read"])
+        return "direct" if in_every_round and rates["direct"] > _DIRECT_MARGIN * rates["read"] else "read"
 
     @property
     def _spares_processors(self) -> bool:
@@ -462,7 +493,7 @@ class IoProbe:
         """Why it is `chosen`, which is `io` or `reader`."""
         rates = self.rates
         measured = ", ".join(f"{io} {rate / 1e9:.2f} GB/s{self._told_processor(io)}" for io, rate in rates.items())
-        readers = [rate for io, rate in rates.items() if io != "mmap" or self.processor is None]
+        readers = [rate for io, rate in rates.items() if io != "mmap"]
         is_plainer = chosen in rates and chosen == self.reader and rates[chosen] < max(readers)
         plainer = " (no other is clearly faster)" if is_plainer else ""
         unavailable = "".join(f"; {name} not available: {why}" for name, why in self.refused.items())
@@ -484,8 +515,7 @@ def probe_io(
 ) -> IoProbe:
     """Time each way of reading on ranges of the largest file that it alone touches, in turns.
 
-    in_place: what is mapped is computed on where it lies, on the processors that reading takes time of; else "mmap"
-    copies out of the mapping.
+    in_place: try "mmap", too: computing on the mapped file where it lies, on the processors that reading takes time of.
     Reads at most 3 * rounds * round_bytes, spread over the file. What is in the page cache stays there
     and counts: a file that is cached is read fastest through the cache.
     """
@@ -497,9 +527,9 @@ def probe_io(
         ways: dict[str, Callable[[Extent], None]] = {}
         # Written to: a ring's memory is new to the process once, not with every read.
         buffer = torch.from_numpy(np.full(round_bytes, 1, np.uint8))
-        for io in _MARGINS:
+        for io in ("read", "direct", *(["mmap"] if in_place else [])):
             try:
-                if io == "mmap" and in_place:
+                if io == "mmap":
                     ways[io] = _paging(stack.enter_context(closing(checkpoint.pages(path))))
                 else:
                     ways[io] = _reading(stack.enter_context(Reader(checkpoint, io=io, threads=threads)), buffer)

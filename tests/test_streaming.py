@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
@@ -223,6 +224,17 @@ def test_two_pipelines_in_one_process_do_not_disturb_each_other(model: Path) -> 
         thread.join()
 
     assert [torch.equal(picture, expected) for picture in found] == [True, True]
+
+
+def test_a_disk_that_fails_from_the_probe_on_is_told_by_block(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int, buffers: list, at: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(streaming, "_PROBED_BYTES", 0)
+    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(OSError, match=r"block caption_embedder: \d+ bytes at byte \d+ cannot be read"):
+            pipe(**PROMPT, **FAST)
 
 
 class LateStreamer(Streamer):
