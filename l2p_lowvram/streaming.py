@@ -175,7 +175,7 @@ class WeightStream:
         io: IoChoice,
         *,
         checkpoint: Checkpoint,
-        reader: Reader | None = None,
+        readers: Sequence[Reader] = (),
         plan: ResidencyPlan | None = None,
     ) -> None:
         self.work = work
@@ -185,7 +185,7 @@ class WeightStream:
         self._model = model
         self._resources = resources
         self._checkpoint = checkpoint
-        self._reader = reader
+        self._readers = readers
         self._closed = False
 
     @contextmanager
@@ -199,7 +199,7 @@ class WeightStream:
 
         Reads those rows alone. Raises CheckpointError, OSError.
         """
-        if self._reader is None:
+        if not self._readers:
             return read_source(self._checkpoint, source)[list(rows)]
         info = source.parts[0].tensor
         row_bytes = info.nbytes // info.shape[0]
@@ -208,7 +208,7 @@ class WeightStream:
             for index, row in enumerate(rows)
         ]
         buffer = aligned_buffer(len(rows) * row_bytes)
-        self._reader.submit(source.name, extents, buffer).wait()
+        self._readers[0].submit(source.name, extents, buffer).wait()
         return buffer.view(info.torch_dtype).reshape(len(rows), -1)
 
     @property
@@ -232,7 +232,7 @@ class WeightStream:
 
     @property
     def read_bytes(self) -> int:
-        return self.source.read_bytes + (0 if self._reader is None else self._reader.read_bytes)
+        return self.source.read_bytes + sum(reader.read_bytes for reader in self._readers)
 
     @property
     def closed(self) -> bool:
@@ -277,23 +277,32 @@ class Streamer:
         with ExitStack() as stack:
             # Entered first, and so called when the ring is closed: the next phase needs other sizes.
             stack.callback(self.release_cached)
-            reader = stack.enter_context(self.open_reader(checkpoint, io.io))
+            readers = [stack.enter_context(self.open_reader(checkpoint, io.io))]
+            if io.io == "direct" and plan.count(Tier.CACHED):
+                readers.append(stack.enter_context(self.open_reader(checkpoint, "read")))
             ring = stack.enter_context(
                 Ring(
                     work.blocks,
                     plan,
                     self.ring_device(),
-                    reader,
+                    readers[0],
                     once=work.once,
-                    keep_cache=self.options.ram is None,
+                    keep_cache=self._keeps_cache(work, plan),
                     poison=self.options.poison,
+                    cached_reader=readers[-1],
                 )
             )
             stream = WeightStream(
-                model, work, ring, stack.pop_all(), io, checkpoint=checkpoint, reader=reader, plan=plan
+                model, work, ring, stack.pop_all(), io, checkpoint=checkpoint, readers=readers, plan=plan
             )
         self.streams.append(stream)
         return stream
+
+    def _keeps_cache(self, work: Work, plan: ResidencyPlan) -> bool:
+        """Whether what is read may stay in the page cache: without a budget, unless it would come again and again and
+        put out what is to stay there."""
+        repeated = (plan.tiers[block.name] for block in work.blocks if block.name not in work.once)
+        return self.options.ram is None and Tier.DISK not in repeated
 
     def reserve(self, segments: Sequence[int]) -> None:
         """On a card, let torch's allocator have free segments of these bytes, and no others. Else nothing."""
@@ -359,12 +368,12 @@ class Streamer:
                     work.blocks,
                     plan,
                     once=work.once,
-                    keep_cache=self.options.ram is None,
+                    keep_cache=self._keeps_cache(work, plan),
                     computed=work.computed,
                 )
             )
             stream = WeightStream(
-                model, work, source, stack.pop_all(), io, checkpoint=checkpoint, reader=reader, plan=plan
+                model, work, source, stack.pop_all(), io, checkpoint=checkpoint, readers=[reader], plan=plan
             )
         self.streams.append(stream)
         return stream
@@ -458,7 +467,8 @@ class Streamer:
 
     @property
     def process_bytes(self) -> int:
-        """Host bytes of the process without weights, as first seen, in coarse steps."""
+        """Host bytes of the process without weights, as first seen since `close`, in coarse steps: a plan must not
+        change because the process grew a little. What other pipelines hold by then is in it."""
         if self._process_bytes is None:
             anonymous = process_memory().anonymous
             self._process_bytes = -(-anonymous // _HOST_STEP) * _HOST_STEP + _HOST_SLACK
@@ -467,9 +477,15 @@ class Streamer:
     def _ram(self) -> int:
         if self.options.ram is not None:
             return self.options.ram
-        held = sum(stream.device_bytes if self.device.type == "cpu" else stream.host_bytes for stream in self.streams)
+        held = sum(self._taken_bytes(stream) for stream in self.streams)
         spare = max(available_host_bytes() - _HOST_SPARE, 0)
         return self.process_bytes + (spare + held) // _HOST_STEP * _HOST_STEP
+
+    def _taken_bytes(self, stream: WeightStream) -> int:
+        """Of what is free in the machine: mapped pages still count as free there."""
+        if self.device.type == "cpu":
+            return max(stream.device_bytes - stream.source.mapped_bytes, 0)
+        return stream.host_bytes
 
     def close_streams(self) -> None:
         """Close every open phase; their figures stay."""
@@ -483,6 +499,7 @@ class Streamer:
     def close(self) -> None:
         """Give everything back. May be called twice; a closed streamer can be used again."""
         self.close_streams()
+        self._process_bytes = None
         device, self._ring_device = self._ring_device, None
         if device is not None:
             self._past_fallbacks += device.fallbacks

@@ -68,7 +68,8 @@ class Ring:
     A visit raises what went wrong while the block was read; the next one starts afresh.
 
     Owns the device and pinned memory of `plan`, one stream and one courier until `close`. The reader is
-    the caller's. For one thread at a time. `poison` fills every slot with garbage the moment it is free.
+    the caller's, and so is `cached_reader`, for blocks that stay in the page cache, which direct reads pass by
+    (None: the same). For one thread at a time. `poison` fills every slot with garbage the moment it is free.
     `once` names blocks visited before the rounds only: prefetched when the courier starts among them,
     skipped by the rounds. `keep_cache`: what was read may stay in the page cache, whatever its tier.
 
@@ -86,6 +87,7 @@ class Ring:
         once: Collection[str] = (),
         keep_cache: bool = False,
         poison: bool = False,
+        cached_reader: BlockReader | None = None,
     ) -> None:
         self.seeks = 0
         self.copied_bytes = 0
@@ -96,6 +98,7 @@ class Ring:
         self._keep_cache = keep_cache
         self._device = device
         self._reader = reader
+        self._cached_reader = reader if cached_reader is None else cached_reader
         self._poison = poison
         self._copies = device.new_stream("copy")
         self._computed_on = device.compute_stream()
@@ -321,8 +324,10 @@ class Ring:
         if transfer.extents:
             home = self._homes[transfer.visit.index]
             buffer = transfer.target if transfer.source is None else transfer.source
-            drop = home.tier is not Tier.CACHED and not self._keep_cache
-            transfer.job = self._reader.submit(home.block.name, transfer.extents, buffer, drop_cache=drop)
+            is_cached = home.tier is Tier.CACHED
+            reader = self._cached_reader if is_cached else self._reader
+            drop = not (is_cached or self._keep_cache)
+            transfer.job = reader.submit(home.block.name, transfer.extents, buffer, drop_cache=drop)
 
     def _await_refill(self, staging: _Staging) -> None:
         staging.copied.synchronize()

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload import Block, Checkpoint, CpuDevice, CudaDevice, PinnedArena, Reader, Ring
-from offload.blocks import Part, TensorSource
+from offload.blocks import Extent, Part, TensorSource
 from offload.devices import Stream
+from offload.reading import ReadJob
 from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
 from offload.ring import _Staging, _Visit
 from tests.test_offload_pinned import PAGE, FakeDriver
@@ -281,6 +282,30 @@ def streamed(
     plan = plan_for(blocks, kind)
     with Reader(checkpoint, piece_bytes=4096) as reader, ring_type(blocks, plan, device, reader, poison=True) as ring:
         return walk(ring, blocks, x)
+
+
+class NotingReader(Reader):
+    """Notes the blocks it is asked for, and whether they may be dropped from the page cache."""
+
+    def submit(self, label: str, extents: Sequence[Extent], buffer: Tensor, *, drop_cache: bool = False) -> ReadJob:
+        self.asked: set[tuple[str, bool]] = getattr(self, "asked", set()) | {(label, drop_cache)}
+        return super().submit(label, extents, buffer, drop_cache=drop_cache)
+
+
+def test_blocks_that_stay_in_the_page_cache_have_a_reader_of_their_own(
+    checkpoint: Checkpoint, blocks: list[Block]
+) -> None:
+    plan, x = plan_for(blocks, "all"), torch.randn(3, 64)
+    with (
+        NotingReader(checkpoint) as reader,
+        NotingReader(checkpoint) as cached,
+        Ring(blocks, plan, device_on(FakeCard()), reader, cached_reader=cached) as ring,
+    ):
+        got = walk(ring, blocks, x)
+
+    assert torch.equal(got, resident(checkpoint, blocks, x))
+    assert cached.asked == {(name, False) for name, tier in plan.tiers.items() if tier is Tier.CACHED}
+    assert reader.asked == {(name, True) for name, tier in plan.tiers.items() if tier is not Tier.CACHED}
 
 
 @pytest.mark.parametrize("is_late", [True, False], ids=["late", "at once"])

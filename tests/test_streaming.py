@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -32,6 +33,7 @@ from offload import (
     Tier,
     format_bytes,
 )
+from offload.reading import ReadJob
 from tests import goldens
 
 STEPS = 3
@@ -235,6 +237,63 @@ def test_a_disk_that_fails_from_the_probe_on_is_told_by_block(model: Path, monke
         monkeypatch.setattr(os, "preadv", fail)
         with pytest.raises(OSError, match=r"block caption_embedder: \d+ bytes at byte \d+ cannot be read"):
             pipe(**PROMPT, **FAST)
+
+
+@pytest.mark.parametrize(("spare", "drops"), [(300_000, True), (1 << 30, False)])
+def test_without_a_budget_only_what_comes_again_and_again_leaves_the_page_cache(
+    model: Path, monkeypatch: pytest.MonkeyPatch, spare: int, drops: bool
+) -> None:
+    """It would put out what other programs, or the plan, keep there."""
+    dropped: list[bool] = []
+
+    class Noting(Reader):
+        def submit(self, *arguments: Any, drop_cache: bool = False) -> ReadJob:
+            dropped.append(drop_cache)
+            return super().submit(*arguments, drop_cache=drop_cache)
+
+    class NotingStreamer(Streamer):
+        def open_reader(self, checkpoint: Checkpoint, io: str, *, read_ahead: bool = True) -> Reader:
+            return Noting(checkpoint, io=io, read_ahead=read_ahead)
+
+    monkeypatch.setattr(streaming, "_HOST_STEP", 1 << 16)
+    needed = smallest_ram(model) - (300 << 20) - streaming._HOST_SLACK + (1 << 16)
+    monkeypatch.setattr(streaming, "available_host_bytes", lambda: streaming._HOST_SPARE + needed + spare)
+    streamer = NotingStreamer(torch.device("cpu"), MemoryOptions(io="read"))
+    with L2PPipeline.from_streamer(locate_model(model), streamer, torch.float32) as pipe:
+        pipe(**PROMPT, **FAST)
+        (figures,) = pipe.phases
+
+    once = len(visited_once(model))
+    assert (figures.tiers.get("disk", 0) > once) == drops
+    assert set(dropped) == {drops}
+
+
+def test_a_closed_pipeline_measures_the_process_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [1 << 30]
+    monkeypatch.setattr(streaming, "process_memory", lambda: ProcessMemory(held[0], 0, 0, 0))
+    with L2PPipeline.from_pretrained(model, dtype="fp32", ram="2GiB") as pipe:
+        pipe(**PROMPT, **FAST)
+        before = pipe.streamer.process_bytes
+        held[0] = 300 << 20
+        assert pipe.streamer.process_bytes == before > 1 << 30  # plans do not change with every small growth
+        pipe.close()
+        assert pipe.streamer.process_bytes < 500 << 20
+
+
+@pytest.mark.parametrize("io", ["read", "mmap"])
+def test_mapped_weights_are_not_taken_for_memory_that_would_come_free(
+    model: Path, monkeypatch: pytest.MonkeyPatch, io: str
+) -> None:
+    monkeypatch.setattr(streaming, "_HOST_STEP", 4096)
+    monkeypatch.setattr(streaming, "available_host_bytes", lambda: streaming._HOST_SPARE + (1 << 30))
+    with L2PPipeline.from_pretrained(model, dtype="fp32", io=io) as pipe:
+        before = pipe.streamer._ram()
+        pipe(**PROMPT, **FAST)
+        (stream,) = pipe.streamer.streams
+        more = pipe.streamer._ram() - before
+
+    assert stream.device_bytes == 0  # closed by now
+    assert more > (1 << 20) if io == "read" else more < stream.planned_device_bytes - stream.source.mapped_bytes + 4096
 
 
 class LateStreamer(Streamer):
