@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -33,6 +33,8 @@ from offload.identity import FileIdentity
 from offload.paging import PageTable
 from offload.sizes import format_bytes
 
+# Far more than any model has.
+MAX_SHARDS = 1024
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _Bytes = npt.NDArray[np.uint8]
@@ -199,8 +201,18 @@ def _open_set(index: Path) -> list[_Part]:
     missing = [name for name, path in shards.items() if not path.is_file()]
     if missing:
         raise CheckpointError(index, f"lacks {len(missing)} of {len(shards)} shards, first is {missing[0]}")
-    parts = [_open_file(path) for path in shards.values()]
-    _check_set(index, weight_map, parts)
+    if len(shards) > MAX_SHARDS:
+        raise CheckpointError(index, f"index names {len(shards)} shards, the limit is {MAX_SHARDS}")
+    parts: list[_Part] = []
+    homes: dict[str, str] = {}
+    for path in shards.values():
+        parts.append(_open_file(path))
+        # At once: what a set may list in all is bounded by the index, however many shards it names.
+        _check_part(index, weight_map, parts[-1], homes)
+    absent = [name for name, shard in weight_map.items() if homes.get(name) != shard]
+    if absent:
+        place = f"{shown(absent[0])}, which is not in {weight_map[absent[0]]}"
+        raise CheckpointError(index, f"index lists {len(absent)} absent tensors, first is {place}")
     return parts
 
 
@@ -233,25 +245,15 @@ def _is_plain_name(name: str) -> bool:
     return name.isprintable() and name not in {"", ".", ".."} and not any(char in name for char in "/\\:")
 
 
-def _check_set(index: Path, weight_map: Mapping[str, str], parts: Sequence[_Part]) -> None:
-    """Require that index and shards list the same tensors, each in one shard. Raises CheckpointError."""
-    homes: dict[str, str] = {}
-    for part, info in _tensors(parts):
+def _check_part(index: Path, weight_map: Mapping[str, str], part: _Part, homes: dict[str, str]) -> None:
+    """Require that the index lists a shard's tensors, none of which is in another; adds them to `homes`, tensor name →
+    shard file name. Raises CheckpointError."""
+    extra = [info.name for info in part.header.tensors if info.name not in weight_map]
+    if extra:
+        place = f"{shown(extra[0])} in {part.path.name}"
+        raise CheckpointError(index, f"index lacks {len(extra)} tensors of its shards, first is {place}")
+    for info in part.header.tensors:
         if info.name in homes:
             both = f"{homes[info.name]} and in {part.path.name}"
             raise CheckpointError(index, f"tensor {shown(info.name)} is in {both}; it must be in one")
         homes[info.name] = part.path.name
-    absent = [name for name, shard in weight_map.items() if homes.get(name) != shard]
-    if absent:
-        place = f"{shown(absent[0])}, which is not in {weight_map[absent[0]]}"
-        raise CheckpointError(index, f"index lists {len(absent)} absent tensors, first is {place}")
-    extra = [name for name in homes if name not in weight_map]
-    if extra:
-        place = f"{shown(extra[0])} in {homes[extra[0]]}"
-        raise CheckpointError(index, f"index lacks {len(extra)} tensors of its shards, first is {place}")
-
-
-def _tensors(parts: Sequence[_Part]) -> Iterator[tuple[_Part, TensorInfo]]:
-    for part in parts:
-        for info in part.header.tensors:
-            yield part, info

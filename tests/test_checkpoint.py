@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from offload import Checkpoint, CheckpointError
+from offload import checkpoint as checkpoint_module
 from offload.header import DTYPES, MAX_HEADER_BYTES, MAX_TENSORS
 from offload.memory import process_memory
 
@@ -548,6 +549,32 @@ def test_a_sharded_set_reads_as_one(by_folder: bool, tmp_path: Path) -> None:
         assert bytes(checkpoint.tensor("x").tolist()) + bytes(checkpoint.tensor("y").tolist()) == b"xxxxyyyy"
         assert checkpoint.metadata == {"who": "first", "one": "1", "two": "2"}
         assert checkpoint.nbytes == 8
+
+
+def test_many_names_for_one_shard_are_refused_at_the_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a few kilobytes of links would cost as many headers."""
+    opened: list[str] = []
+    read_header = checkpoint_module.read_header
+    monkeypatch.setattr(
+        checkpoint_module, "read_header", lambda file, path: (opened.append(path.name), read_header(file, path))[1]
+    )
+    blob = write(tmp_path, "blob", file_bytes({"x": entry(0, 4)}, b"abcd"))
+    names = [f"{number:03}.safetensors" for number in range(50)]
+    for name in names:
+        (tmp_path / name).hardlink_to(blob)
+    index = write_index(tmp_path, {"x": names[0], **{f"y{number}": name for number, name in enumerate(names)}})
+
+    with pytest.raises(CheckpointError, match=r"tensor 'x' is in 000\.safetensors and in 001\.safetensors"):
+        Checkpoint.open(index)
+
+    assert opened == names[:2]
+
+
+def test_an_index_of_more_shards_than_any_model_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "MAX_SHARDS", 1)
+
+    with pytest.raises(CheckpointError, match="index names 2 shards, the limit is 1"):
+        Checkpoint.open(write_shards(tmp_path))
 
 
 def test_shards_may_be_links_as_in_the_hugging_face_cache(tmp_path: Path) -> None:
