@@ -74,8 +74,8 @@ class ResidentWeights:
 class StreamedWeights:
     """A model on the meta device, its weights streamed from `checkpoint`.
 
-    `close` gives back memory, threads and descriptors; the checkpoint stays mapped, which holds none of
-    them, for as long as this lives, so that `open` can begin again.
+    `close` gives back memory and threads; the checkpoint stays mapped for as long as this lives, so that `open` can
+    begin again. Of each file that keeps one descriptor, Python's own of the mapping.
     """
 
     def __init__(

@@ -57,6 +57,8 @@ _HOST_SLACK = 96 << 20
 _HOST_SPARE = 1 << 30
 # The process's own memory differs a little from run to run; a plan must not.
 _HOST_STEP = 64 << 20
+# Phases whose figures are kept once they are closed; a long-lived pipeline opens one for every prompt.
+_KEPT_CLOSED = 64
 # The CUDA context, and what cuBLAS and cuDNN take beside the tensors. Estimates, not measured here.
 CONTEXT_BYTES = 512 << 20
 WORKSPACE_BYTES = 128 << 20
@@ -248,8 +250,8 @@ class WeightStream:
 class Streamer:
     """Opens the weights of phases on one device within one budget.
 
-    Phases share the budget: one is closed when another has no room beside it. streams: the open ones and,
-    until `forget`, those that were.
+    Phases share the budget: one is closed when another has no room beside it. streams: the open ones and the latest
+    of those that were, for their figures.
     """
 
     device: torch.device
@@ -295,7 +297,12 @@ class Streamer:
             stream = WeightStream(
                 model, work, ring, stack.pop_all(), io, checkpoint=checkpoint, readers=readers, plan=plan
             )
-        self.streams.append(stream)
+        return self._add(stream)
+
+    def _add(self, stream: WeightStream) -> WeightStream:
+        closed = [known for known in self.streams if known.closed]
+        forgotten = closed[: max(len(closed) - _KEPT_CLOSED, 0)]
+        self.streams = [*(known for known in self.streams if known not in forgotten), stream]
         return stream
 
     def _keeps_cache(self, work: Work, plan: ResidencyPlan) -> bool:
@@ -375,15 +382,13 @@ class Streamer:
             stream = WeightStream(
                 model, work, source, stack.pop_all(), io, checkpoint=checkpoint, readers=[reader], plan=plan
             )
-        self.streams.append(stream)
-        return stream
+        return self._add(stream)
 
     def _open_mapped(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
         with ExitStack() as stack:
             blocks = stack.enter_context(MappedBlocks(checkpoint, work.blocks, self.device))
             stream = WeightStream(model, work, blocks, stack.pop_all(), io, checkpoint=checkpoint)
-        self.streams.append(stream)
-        return stream
+        return self._add(stream)
 
     @property
     def _has_ring(self) -> bool:
@@ -491,10 +496,6 @@ class Streamer:
         """Close every open phase; their figures stay."""
         for stream in self.streams:
             stream.close()
-
-    def forget(self) -> None:
-        """Drop the figures of closed phases."""
-        self.streams = [stream for stream in self.streams if not stream.closed]
 
     def close(self) -> None:
         """Give everything back. May be called twice; a closed streamer can be used again."""

@@ -178,6 +178,8 @@ class Ring:
 
     def _release(self, visit: _Visit, compute: Stream) -> None:
         """Give the slots back: the copy stream may overwrite them once the compute queued so far is done."""
+        if self._closed:  # inside the visit
+            return
         home = self._homes[visit.index]
         if home.settled is not None:
             return

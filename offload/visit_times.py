@@ -78,7 +78,11 @@ class EventTimer:
     def _collect(self) -> None:
         while self._pending and self._pending[0].events[2].query():
             visit = self._pending.popleft()
-            asked, begun, done = (self._base_seconds + self._base.elapsed_time(event) / 1e3 for event in visit.events)
+            # Float32 milliseconds: of hours since the base they would leave no more than a quarter of one.
+            first, second, third = visit.events
+            asked = self._base_seconds + self._base.elapsed_time(first) / 1e3
+            begun = asked + first.elapsed_time(second) / 1e3
+            done = begun + second.elapsed_time(third) / 1e3
             self._timeline.add(WAIT_LANE, visit.name, asked, begun)
             self._timeline.add(COMPUTE_LANE, visit.name, begun, done)
             self._spare.append(visit.events)

@@ -285,6 +285,21 @@ def test_closing_in_the_middle_ends_the_courier(checkpoint: Checkpoint, blocks: 
             ring.visit("layers.0").__enter__()
 
 
+def test_closing_inside_a_visit_does_not_hide_the_callers_own_error(
+    checkpoint: Checkpoint, blocks: list[Block]
+) -> None:
+    def visit_and_fail() -> None:
+        with ring.visit("layers.0"):
+            ring.close()
+            raise RuntimeError("the caller's")
+
+    with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
+        with pytest.raises(RuntimeError, match="the caller's"):
+            visit_and_fail()
+        with pytest.raises(ValueError, match="cannot be visited: the ring is closed"):
+            ring.visit("layers.1").__enter__()
+
+
 class WatchedDevice(CpuDevice):
     """Knows which of its buffers are still alive."""
 

@@ -296,6 +296,17 @@ def test_mapped_weights_are_not_taken_for_memory_that_would_come_free(
     assert more > (1 << 20) if io == "read" else more < stream.planned_device_bytes - stream.source.mapped_bytes + 4096
 
 
+def test_figures_of_the_latest_phases_are_kept_and_of_no_more(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_KEPT_CLOSED", 3)
+    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+        for _ in range(6):
+            pipe(**PROMPT, **FAST)
+            pipe.close()
+        pipe(**PROMPT, **FAST)
+
+        assert [stream.closed for stream in pipe.streamer.streams] == [True] * 3 + [False]
+
+
 class LateStreamer(Streamer):
     def open_reader(self, checkpoint: Checkpoint, io: str, *, read_ahead: bool = True) -> Reader:
         return DelayedReader(checkpoint, io=io, read_ahead=read_ahead)
