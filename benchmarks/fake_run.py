@@ -296,7 +296,7 @@ def streamed_budget(model: Path, request: Request, arch: Arch, within: int = _HO
     with patch.object(slicing, "has_fused_kernel", _asking(arch)), _pipeline(model, within, request) as pipe:
         _, demand = pipe.weights.choose(_work(pipe, request))  # type: ignore[attr-defined]
     try:
-        FakeStreamer(vram=0).plan(demand)
+        FakeStreamer(vram=0).plan(demand, None)
     except BudgetError as error:
         return error.needed
     raise AssertionError("nothing fits into no memory")
