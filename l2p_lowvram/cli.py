@@ -83,6 +83,9 @@ def entry() -> NoReturn:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.update(OPENMP)
     signal.signal(signal.SIGTERM, _terminated)
+    # A terminal that was closed; not under nohup, which has it ignored.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _terminated)
     sys.exit(main())
 
 

@@ -1,13 +1,14 @@
 """Rewriting checkpoints: INT8 from floats and floats from INT8, a few MiB of rows at a time.
 
-Planning reads headers only: `quantized_state` and `dequantized_state` turn what a layout found into lazy
-tensors, from which `Rewriting` knows every name, dtype, shape and byte of the new file. Only writing it
-reads weights: by positional reads, because mapped pages would count as memory, and each row once
-(twice for a scale per tensor). So a conversion takes the same memory for every file.
+Planning reads headers, and a sample of bytes to tell the source by: `quantized_state` and `dequantized_state` turn
+what a layout found into lazy tensors, from which `Rewriting` knows every name, dtype, shape and byte of the new
+file. Only writing it reads weights: by positional reads, because mapped pages would count as memory, and each row
+once (twice for a scale per tensor). So a conversion takes the same memory for every file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +59,8 @@ ENCODER_TARGETS = ("layers.*.self_attn.[qkvo]_proj", "layers.*.mlp.*_proj")
 # One reads while another computes; more only help where the disk answers slowly.
 THREADS = 3
 _PIECE_BYTES = 8 << 20
+# Of each tensor, and of all together, that are read to tell a source from others.
+_SAMPLED_BYTES, _SAMPLE_BYTES = 64 << 10, 64 << 20
 _NAMED_IN_ERRORS = 4
 
 
@@ -173,13 +177,7 @@ class StoredLinear:
 
     def scale_of_rows(self, start: int, stop: int) -> Tensor:
         """The scales of these rows, to multiply (stop - start, K) by."""
-        assert self.quantization is not None
-        block = self.quantization.block
-        if block == self.shape:
-            return self.scale
-        first, last = start // block[0], -(-stop // block[0])
-        expanded = expand_scale(self.scale[first:last], (last - first) * block[0], self.shape[1])
-        return expanded[start - first * block[0] : stop - first * block[0]]
+        return expand_scale(self.scale, *self.shape, span=slice(start, stop))
 
     def as_stored(self) -> QuantizedWeight:
         """The quantised weight without change of a bit."""
@@ -215,6 +213,7 @@ class _Quantizer:
             LazyTensor(torch.float32, () if self._scheme.block is None else (self._weight.shape[0], 1), self.scale),
             self._scheme.rotation,
             marked is not None and marked.full_precision_matmul,
+            passes=2 if self._scheme.block is None else 1,
         )
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -336,7 +335,7 @@ def _matches(module: str, patterns: Sequence[str]) -> bool:
 
 
 class Rewriting:
-    """A checkpoint about to be rewritten: the new file, planned from the old one's headers.
+    """A checkpoint about to be rewritten: the new file, planned from the old one's headers and a sample of its bytes.
 
     entries, metadata: of the new file. source_bytes: what writing it reads. Holds descriptors and threads
     until closed; a context manager.
@@ -349,7 +348,7 @@ class Rewriting:
         recipe: Recipe,
         style: LayoutStyle | None = None,
     ) -> None:
-        """Reads headers only; `checkpoint` stays the caller's. Raises ValueError, CheckpointError."""
+        """Reads headers and a sample; `checkpoint` stays the caller's. Raises ValueError, CheckpointError, OSError."""
         self.checkpoint, self.layout, self.recipe = checkpoint, layout, recipe
         check_scales(checkpoint, layout.sources.values())
         self._files = Reader(checkpoint, threads=THREADS, piece_bytes=_PIECE_BYTES)
@@ -364,6 +363,8 @@ class Rewriting:
     def _plan(self, style: LayoutStyle) -> tuple[list[TensorEntry], dict[str, str]]:
         own = (QUANTIZATION_METADATA, METADATA_ENTRY, CONVERSION_METADATA)
         metadata = {name: text for name, text in self.checkpoint.metadata.items() if name not in own}
+        if self.recipe.scheme is not None and style.splits_qkv:
+            raise ValueError("INT8 layers are written with q, k and v in one tensor; use such a style")
         if isinstance(self.layout, ModelLayout):
             entries, declared = model_entries(self.state, style, self.layout.config.patch_size)
             declared |= settings_metadata(self.layout.config)
@@ -375,14 +376,29 @@ class Rewriting:
 
     @cached_property
     def provenance(self) -> dict[str, object]:
-        """Where the new file comes from: tool, settings, and the source by name, size and header hash."""
+        """Where the new file comes from: tool, settings, and the source by name, size and hashes.
+
+        `sample_sha256` tells fine-tunes apart, whose headers are the same: of the first bytes of every tensor, in the
+        order of the files.
+        """
         source = {
             "file": self.checkpoint.files[0].name,
             "files": len(self.checkpoint.files),
             "bytes": sum(identity.size for identity in self.checkpoint.identities.values()),
             "header_sha256": header_sha256(self.checkpoint.files),
+            "sample_sha256": self._sample_sha256(),
         }
         return {"tool": f"l2p_lowvram {__version__}", **self.recipe.as_dict(), "source": source}
+
+    def _sample_sha256(self) -> str:
+        tensors = self.checkpoint.tensors.values()
+        most = min(_SAMPLED_BYTES, _SAMPLE_BYTES // max(len(tensors), 1))
+        sizes = [min(info.nbytes, most) for info in tensors]
+        starts = [0, *accumulate(sizes)]
+        extents = [Extent(i.path, i.offset, size, at) for i, size, at in zip(tensors, sizes, starts, strict=False)]
+        sample = torch.empty(starts[-1], dtype=torch.uint8)
+        self._files.submit("sample", [extent for extent in extents if extent.nbytes], sample).wait()
+        return hashlib.sha256(sample.numpy().data).hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -394,9 +410,8 @@ class Rewriting:
         return sum(self._read_bytes(name) for name in self.state)
 
     def _read_bytes(self, name: str) -> int:
-        value, source = self.state[name], self.layout.sources[name]
-        fresh = isinstance(value, QuantizedWeight) and value.scale.shape == () and source.dtype != torch.int8
-        return source.nbytes * (2 if fresh else 1)
+        value = self.state[name]
+        return self.layout.sources[name].nbytes * (value.passes if isinstance(value, QuantizedWeight) else 1)
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -446,10 +461,16 @@ class Rewriting:
         return source.read_bytes() if source.is_file() else config_json(self.layout.config).encode()
 
     def write(
-        self, path: str | os.PathLike[str], *, overwrite: bool = False, progress: Callable[[int], object] | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int], object] | None = None,
+        check: Callable[[Path], object] | None = None,
     ) -> int:
         """Write the file, whole or not at all, and return its size. progress: is told bytes of the source as they
-        have been read. Raises ValueError, CheckpointError, OSError."""
+        have been read. check: is given the whole file before it has its name, and may refuse it.
+        Raises ValueError, CheckpointError, OSError."""
         path, told = Path(path), 0
         self.check_target(path, overwrite=overwrite)
 
@@ -461,7 +482,14 @@ class Rewriting:
             told = done
 
         return write_safetensors(
-            path, self.entries, self.metadata, overwrite=overwrite, durable=True, threads=THREADS, progress=tell
+            path,
+            self.entries,
+            self.metadata,
+            overwrite=overwrite,
+            durable=True,
+            threads=THREADS,
+            progress=tell,
+            check=check,
         )
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -83,12 +83,16 @@ def row_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A linear layer's weight as stored: int8 or float8 (N, K), and its scale, (), (N, 1) or (N/b, K/b)."""
+    """A linear layer's weight as stored: int8 or float8 (N, K), and its scale, (), (N, 1) or (N/b, K/b).
+
+    passes: how often making it all reads what it is made of.
+    """
 
     weight: LazyTensor
     scale: LazyTensor
     rotation: Rotation | None = None
     full_precision_matmul: bool = False
+    passes: int = 1
 
     @property
     def block(self) -> tuple[int, int]:
@@ -100,7 +104,7 @@ class QuantizedWeight:
         scale = self.scale
         if self.block != self.weight.shape:
             scale = scale.rows(start // self.block[0], stop // self.block[0])
-        return QuantizedWeight(self.weight.rows(start, stop), scale, self.rotation, self.full_precision_matmul)
+        return replace(self, weight=self.weight.rows(start, stop), scale=scale)
 
 
 ModelState = Mapping[str, "LazyTensor | QuantizedWeight"]
@@ -284,9 +288,12 @@ def _shaped_scale(value: QuantizedWeight, style: LayoutStyle) -> LazyTensor:
 
 def _marker(value: QuantizedWeight) -> str:
     rows, columns = value.weight.shape
-    dtype = "I8" if value.weight.dtype == torch.int8 else "F8"
     return marker_json(
-        dtype, value.block, (rows, columns), value.rotation, full_precision_matmul=value.full_precision_matmul
+        value.weight.dtype,
+        value.block,
+        (rows, columns),
+        value.rotation,
+        full_precision_matmul=value.full_precision_matmul,
     )
 
 

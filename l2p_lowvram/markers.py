@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from offload import Checkpoint, CheckpointError, TensorInfo
 from offload.header import parse_json_object, shown
 
@@ -26,6 +28,11 @@ _INT8_FORMATS = frozenset({"int8_tensorwise", "int8_blockwise", "int8_rowwise"})
 _FLOAT8_FORMATS = frozenset(
     f"float8_{kind}{scaling}" for kind in ("e4m3fn", "e5m2") for scaling in ("", "_rowwise", "_blockwise", "_block3d")
 )
+_WRITTEN_FORMATS = {
+    torch.int8: "int8_tensorwise",
+    torch.float8_e4m3fn: "float8_e4m3fn",
+    torch.float8_e5m2: "float8_e5m2",
+}
 _PACKED_FORMATS = frozenset({"convrot_w4a4", "asym_w4a8_int8", "awq_w4a16", "nvfp4", "mxfp8"})
 
 _DEFAULT_GROUP = 256
@@ -99,7 +106,7 @@ def read_metadata_markers(metadata: Mapping[str, str], path: Path) -> dict[str, 
 
 
 def marker_json(
-    dtype: str,
+    dtype: torch.dtype,
     block: tuple[int, int],
     shape: tuple[int, int],
     rotation: Rotation | None = None,
@@ -107,8 +114,8 @@ def marker_json(
     full_precision_matmul: bool = False,
 ) -> str:
     """The marker ComfyUI understands, for a weight of `shape` with one scale per `block` of it."""
-    values: dict[str, object] = {"format": {"I8": "int8_tensorwise", "F8": "float8_e4m3fn"}[dtype[:2]]}
-    if dtype == "I8" and block != shape:
+    values: dict[str, object] = {"format": _WRITTEN_FORMATS[dtype]}
+    if dtype == torch.int8 and block != shape:
         if block[0] == 1:
             values["per_row"] = True
         else:

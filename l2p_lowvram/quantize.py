@@ -155,29 +155,42 @@ def _planned(
 
 
 def _written(arguments: argparse.Namespace, rewriting: Rewriting, target: Path) -> _Written:
-    with _one_thread():
-        started = time.perf_counter()
-        with byte_bar(target.name, rewriting.source_bytes, quiet=arguments.quiet) as told:
-            nbytes = rewriting.write(target, overwrite=arguments.overwrite, progress=told)
-        seconds = time.perf_counter() - started
+    errors: list[LayerError] | None = None
+    began, seconds = time.perf_counter(), 0.0
+
+    def check(written: Path) -> None:
+        nonlocal errors, seconds
+        seconds = time.perf_counter() - began
+        bars.close()
+        if arguments.verify:
+            errors = _verified(rewriting, written, target, quiet=arguments.quiet)
+
+    with _one_thread(), ExitStack() as bars:
+        told = bars.enter_context(byte_bar(target.name, rewriting.source_bytes, quiet=arguments.quiet))
+        nbytes = rewriting.write(target, overwrite=arguments.overwrite, progress=told, check=check)
         if arguments.text_encoder:
             rewriting.write_config(target)
-        errors = _verified(rewriting, target, quiet=arguments.quiet) if arguments.verify else None
     return _Written(target, nbytes, seconds, errors)
 
 
-def _verified(rewriting: Rewriting, target: Path, *, quiet: bool) -> list[LayerError]:
-    """Compare the file with its source. Raises CheckpointError."""
-    from offload import Checkpoint, Reader
+def _verified(rewriting: Rewriting, written: Path, target: Path, *, quiet: bool) -> list[LayerError]:
+    """Compare the file at `written` with its source, before it becomes `target`. Raises CheckpointError."""
+    from offload import Checkpoint, CheckpointError, Reader
 
     from .comparison import ReadableLayout, layer_errors
     from .conversion import RowReader, read_any_layout
 
     source = ReadableLayout(rewriting.layout, rewriting.reader)
-    with Checkpoint.open(target) as checkpoint, Reader(checkpoint) as reader:
-        layout = read_any_layout(checkpoint, text_encoder=rewriting.is_text_encoder)
-        with byte_bar(f"verify {target.name}", sum(s.nbytes for s in layout.sources.values()), quiet=quiet) as told:
-            return layer_errors(source, ReadableLayout(layout, RowReader(checkpoint, reader)), told)
+    try:
+        with Checkpoint.open(written) as checkpoint, Reader(checkpoint) as reader:
+            layout = read_any_layout(checkpoint, text_encoder=rewriting.is_text_encoder)
+            size = sum(source.nbytes for source in layout.sources.values())
+            with byte_bar(f"verify {target.name}", size, quiet=quiet) as told:
+                return layer_errors(source, ReadableLayout(layout, RowReader(checkpoint, reader)), told)
+    except CheckpointError as error:
+        if error.path != written:
+            raise
+        raise CheckpointError(target, f"{error.reason}, and not kept") from error
 
 
 @contextmanager

@@ -106,12 +106,13 @@ def write_safetensors(
     durable: bool = False,
     threads: int = 0,
     progress: Callable[[int], object] | None = None,
+    check: Callable[[Path], object] | None = None,
 ) -> int:
     """Write a safetensors file and return its size in bytes.
 
     The file appears under its name only when it is whole, and nothing is left when anything goes wrong,
     Ctrl-C included. threads: how many make pieces ahead while others are written, at most two each.
-    durable: as for `whole_file`. `progress` is told the bytes of every piece written. Raises
+    durable, check: as for `whole_file`. `progress` is told the bytes of every piece written. Raises
     FileExistsError unless `overwrite`, ValueError for an entry whose data is not as long as its shape says.
     """
     path = Path(path)
@@ -119,7 +120,8 @@ def write_safetensors(
     header = encode_header(entries, metadata)
     if path.exists() and not overwrite:  # asked again at the end: the writing may take minutes
         raise FileExistsError(errno.EEXIST, "already exists", str(path))
-    with whole_file(path, overwrite=overwrite, durable=durable) as file, _Ahead(entries, threads) as ahead:
+    whole = whole_file(path, overwrite=overwrite, durable=durable, check=check)
+    with whole as file, _Ahead(entries, threads) as ahead:
         file.write(header)
         for entry in entries:
             written = 0

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path, *, overwrite: bool, durable: bool = False) -> Iterator[BinaryIO]:
+def whole_file(
+    path: Path, *, overwrite: bool, durable: bool = False, check: Callable[[Path], object] | None = None
+) -> Iterator[BinaryIO]:
     """A file to write to that stands under `path` once the block ends, and nowhere if it raises.
 
     It is written under a hidden name in the same folder and then moved, so a reader of `path` never
     sees half of it; an exception, Ctrl-C included, removes it. Without `overwrite`, FileExistsError if
     the name is taken, also when it was taken meanwhile. OSErrors about it name `path`.
     durable: on the disk before it gets its name, so that a power cut leaves no half of it either.
+    check: is given the whole file, under its hidden name, and raises where it must not get the other.
     """
     hidden = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -27,6 +30,8 @@ def whole_file(path: Path, *, overwrite: bool, durable: bool = False) -> Iterato
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        if check is not None:
+            check(hidden)
         if overwrite:
             hidden.replace(path)
         else:

@@ -986,9 +986,23 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def signals_as_before() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = [signal.getsignal(number) for number in numbers]
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_under_nohup_a_closed_terminal_stays_ignored(monkeypatch: pytest.MonkeyPatch, signals_as_before: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(cli, "main", lambda: 0)
+
+    with pytest.raises(SystemExit):
+        cli.entry()
+
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
@@ -1006,13 +1020,18 @@ def test_waiting_threads_leave_the_processor_to_those_that_read(
     assert ("GOMP_SPINCOUNT" in environment) == (before is None)
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_process_that_is_asked_to_end_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals_as_before: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals_as_before: None, name: str, code: int
 ) -> None:
+    if not hasattr(signal, name):
+        pytest.skip(f"there is no {name} here")
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+
     def write_for_ever() -> int:
         with whole_file(tmp_path / "model.safetensors", overwrite=False) as file:
             file.write(b"half")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, name))
             time.sleep(60)
         return 0
 
@@ -1022,5 +1041,5 @@ def test_a_process_that_is_asked_to_end_leaves_nothing_half_written(
     with pytest.raises(SystemExit) as ended:
         cli.entry()
 
-    assert ended.value.code == 143
+    assert ended.value.code == code
     assert list(tmp_path.iterdir()) == []

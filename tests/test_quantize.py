@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l2p_lowvram import conversion
+from l2p_lowvram import comparison, conversion
 from l2p_lowvram.cli import main
 from l2p_lowvram.comparison import ReadableLayout, layer_errors
 from l2p_lowvram.conversion import Recipe, Rewriting, RowReader, read_any_layout
@@ -325,11 +326,18 @@ def test_verify_reports_every_layer(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", ["layers.0.attention.qkv.weight", "layers.1.ffn_norm1.weight"])
-def test_verify_sees_a_single_wrong_value(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("first", ["", "row"])
+@pytest.mark.parametrize("scheme", ["row", "tensor", "convrot64"])
+def test_verify_sees_a_single_wrong_value(tmp_path: Path, scheme: str, first: str, name: str) -> None:
+    """In files made of floats, and of INT8 values, whether they are kept or made anew."""
     source, target = original(tmp_path), tmp_path / "q.safetensors"
-    run("quantize", source, target, "-q")
+    if first:
+        run("quantize", source, tmp_path / "first.safetensors", "--scheme", first, "-q")
+        source = tmp_path / "first.safetensors"
+    assert run("quantize", source, target, "--scheme", scheme, "-q", "--verify") == 0
     tensors = load_file(target)
-    tensors[PREFIX + name].view(-1)[7] += 1
+    value = tensors[PREFIX + name].view(-1)[7]
+    value += -1 if value == 127 else 1
     with safe_open(target, "pt") as file:
         metadata = file.metadata()
     save_file(tensors, target, metadata)
@@ -345,6 +353,100 @@ def test_verify_sees_a_single_wrong_value(tmp_path: Path, name: str) -> None:
             ReadableLayout(read_any_layout(one, text_encoder=False), RowReader(one, first)),
             ReadableLayout(read_any_layout(other, text_encoder=False), RowReader(other, second)),
         )
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 2), (KeyboardInterrupt, 130)])
+def test_what_is_not_verified_gets_no_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Any, code: int
+) -> None:
+    source, target = original(tmp_path), tmp_path / "q.safetensors"
+    rows = conversion._Quantizer.rows
+
+    def wrong_rows(self: conversion._Quantizer, start: int, stop: int) -> Tensor:
+        if error is None:
+            return rows(self, start, stop).clamp(max=100)
+        return rows(self, start, stop)
+
+    monkeypatch.setattr(conversion._Quantizer, "rows", wrong_rows)
+    if error is not None:
+        monkeypatch.setattr(comparison, "_layer_error", lambda *_: (_ for _ in ()).throw(error))
+
+    assert run("quantize", source, target, "-q", "--verify") == code
+
+    assert [path.name for path in tmp_path.iterdir()] == ["original.safetensors"]
+    if error is None:
+        message = f"{target}: layers.0.attention.qkv is off by 2[67]"
+        assert re.search(
+            message + r".* steps .*; it was not written as computed, and not kept\n", capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize("first", ["", "row", "tensor", "fp8"])
+@pytest.mark.parametrize("scheme", ["row", "tensor", "convrot64"])
+def test_as_much_is_read_as_was_planned(tmp_path: Path, scheme: str, first: str) -> None:
+    source = original(tmp_path)
+    if first == "fp8":
+        source = fp8_file(tmp_path, torch.float8_e4m3fn)
+    elif first:
+        run("quantize", source, tmp_path / "first.safetensors", "--scheme", first, "-q")
+        source = tmp_path / "first.safetensors"
+
+    with (
+        Checkpoint.open(source) as checkpoint,
+        Rewriting(checkpoint, read_layout(checkpoint), Recipe(scheme)) as rewriting,
+    ):
+        rewriting.write(tmp_path / "q.safetensors")
+        assert rewriting.reader.read_bytes == rewriting.source_bytes
+
+
+def fp8_file(folder: Path, dtype: torch.dtype) -> Path:
+    """A file one of whose layers, which `quantize` leaves alone, and one it takes are FP8 with a scale."""
+    path = folder / "fp8.safetensors"
+    save_checkpoint(path, STATE, CONFIG, scheme=None, rest_dtype=torch.bfloat16)
+    tensors = load_file(path)
+    for name in ("layers.0.attention.out", "x_embedder"):
+        tensors[f"{PREFIX}{name}.weight"] = (tensors[f"{PREFIX}{name}.weight"].float() * 64).to(dtype)
+        tensors[f"{PREFIX}{name}.weight_scale"] = torch.tensor(1 / 64)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_layers_that_are_kept_are_declared_as_what_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    target = tmp_path / "q.safetensors"
+
+    assert run("quantize", fp8_file(tmp_path, dtype), target, "-q", "--verify") == 0
+
+    tensors = load_file(target)
+    assert tensors[f"{PREFIX}x_embedder.weight"].dtype == dtype
+    marker = json.loads(bytes(tensors[f"{PREFIX}x_embedder.comfy_quant"].tolist()))
+    assert marker["format"] == str(dtype).removeprefix("torch.")
+    assert tensors[f"{PREFIX}layers.0.attention.out.weight"].dtype == torch.int8
+
+
+def test_sources_that_differ_in_values_alone_are_told_apart(tmp_path: Path) -> None:
+    def source_of(path: Path) -> dict[str, Any]:
+        with Checkpoint.open(path) as checkpoint, Rewriting(checkpoint, read_layout(checkpoint), Recipe()) as made:
+            return json.loads(made.metadata["l2p_conversion"])["source"]
+
+    first, same = original(tmp_path), original(tmp_path, name="same")
+    tensors = load_file(first)
+    tensors["layers.1.ffn_norm1.weight"][3] += 1
+    with safe_open(first, "pt") as file:
+        save_file(tensors, tmp_path / "other.safetensors", file.metadata())
+
+    found, equal, other = (source_of(path) for path in (first, same, tmp_path / "other.safetensors"))
+    assert found["sample_sha256"] == equal["sample_sha256"] != other["sample_sha256"]
+
+
+def test_layers_cannot_be_quantised_into_parts(tmp_path: Path) -> None:
+    with (
+        Checkpoint.open(original(tmp_path)) as checkpoint,
+        pytest.raises(ValueError, match="INT8 layers are written with q, k and v in one tensor"),
+    ):
+        Rewriting(checkpoint, read_layout(checkpoint), Recipe(), ORIGINAL)
 
 
 # -- refusals
