@@ -1,11 +1,13 @@
 """What multiplies INT8 weights: dequantised weights, or integers by the best kernel that this device has.
 
 Kernels are tried before they are believed: one whose sums are not the exact integers is out (some saturate,
-silently, on CPUs without VNNI), and `auto` takes INT8 only where it was seen to be faster.
+silently, on CPUs without VNNI). On a card `auto` takes INT8 only where it was seen to be faster; on CPUs with VNNI,
+where it is known to be, unless it was seen to be slower.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,17 +66,12 @@ def choose_compute(asked: str, device: torch.device, dtype: torch.dtype, size: L
     """
     if asked not in COMPUTE_CHOICES:
         raise ValueError(f"compute must be one of {', '.join(COMPUTE_CHOICES)}, got {asked!r}")
-    if asked == DEQUANT:
-        return Compute(DEQUANT, None, "as asked for")
-    if asked == AUTO and size.columns < _LEAST_COLUMNS:
-        return Compute(DEQUANT, None, f"layers of {size.columns} columns gain nothing in INT8")
-    if asked == AUTO and device.type == "cpu" and dtype == torch.bfloat16 and has_amx():
-        # A measured ratio lies on either side of the margin from one run to the next.
-        return Compute(DEQUANT, None, "this CPU's matrix units are nearly as fast in bf16")
+    unmeasured = _dequant_reason(asked, device, dtype, size)
+    if unmeasured is not None:
+        return Compute(DEQUANT, None, unmeasured)
     kernels = fast_kernels(device)
     if not kernels:
-        reason = f"no INT8 kernel for {_named(device)}"
-        return Compute(DEQUANT, None, reason) if asked == AUTO else Compute(INT8, in_fp32, f"as asked for; {reason}")
+        return Compute(INT8, in_fp32, f"as asked for; no INT8 kernel for {_named(device)}")
     best = _fastest(tuple(kernels), device, dtype, size)
     if best.kernel is None:
         told = f"no kernel computes right here: {best.note}"
@@ -84,6 +81,23 @@ def choose_compute(asked: str, device: torch.device, dtype: torch.dtype, size: L
     if asked == AUTO and best.ratio < margin:
         return Compute(DEQUANT, None, f"measured: {told}, less than {margin:g} x")
     return Compute(INT8, kernels[best.kernel], f"{'measured' if asked == AUTO else 'as asked for'}: {told}")
+
+
+def may_take_int8(asked: str, device: torch.device, dtype: torch.dtype, size: LayerSize) -> bool:
+    """Whether `choose_compute` could take INT8, the measurement permitting. Measures nothing."""
+    return _dequant_reason(asked, device, dtype, size) is None
+
+
+def _dequant_reason(asked: str, device: torch.device, dtype: torch.dtype, size: LayerSize) -> str | None:
+    """Why weights are dequantised whatever a measurement might say; None where INT8 may be taken."""
+    if asked != AUTO:
+        return "as asked for" if asked == DEQUANT else None
+    if size.columns < _LEAST_COLUMNS:
+        return f"layers of {size.columns} columns gain nothing in INT8"
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_amx():
+        # A measured ratio lies on either side of the margin from one run to the next.
+        return "this CPU's matrix units are nearly as fast in bf16"
+    return None if fast_kernels(device) else f"no INT8 kernel for {_named(device)}"
 
 
 def without_int8(asked: str) -> tuple[Compute, tuple[str, ...]]:
@@ -135,14 +149,17 @@ class _Measured:
 def _fastest(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, size: LayerSize) -> _Measured:
     kernels, failures = fast_kernels(device), []
     layer, x = _layer_and_input(size, device, dtype)
-    found: dict[str, float] = {}
+    ways: dict[str, Int8Matmul | None] = {DEQUANT: None}
     with torch.inference_mode():
-        plain = layer_seconds(layer, x, None)
         for name in names:
             if (failure := check_kernel(kernels[name], layer.weight)) is None:
-                found[name] = layer_seconds(layer, x, kernels[name])
+                ways[name] = kernels[name]
             else:
                 failures.append(f"{name} {failure}")
+        # In turns, so that a disturbance meets all; the first of them warms up.
+        rounds = [{way: layer_seconds(layer, x, matmul) for way, matmul in ways.items()} for _ in range(_ROUNDS + 1)]
+    found = {way: min(seconds[way] for seconds in rounds) for way in ways}
+    plain = found.pop(DEQUANT)
     if not found:
         return _Measured(None, 0.0, ", ".join(failures))
     best = min(found, key=lambda name: found[name])
@@ -174,6 +191,11 @@ def check_kernel(kernel: Int8Matmul, weight: Tensor) -> str | None:
 
 
 def layer_seconds(layer: Linear, x: Tensor, matmul: Int8Matmul | None) -> float:
-    """The best of a few runs of `layer` on x with a kernel, or dequantised, once warm."""
+    """Of one run of `layer` on x with a kernel, or dequantised. On a CPU of its processors: other programs make the
+    clock say anything, but take nothing from those."""
     layer.int8_matmul = matmul
-    return min(run_seconds(lambda: layer(x), x.device) for _ in range(_ROUNDS + 1))
+    if x.device.type != "cpu":
+        return run_seconds(lambda: layer(x), x.device)
+    started = time.process_time()
+    layer(x)
+    return time.process_time() - started

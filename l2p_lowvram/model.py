@@ -117,13 +117,14 @@ _LARGEST_FP16 = 16
 def fp16_factor(*rows: Tensor) -> Tensor:
     """(..., 1) in fp16: the power of two, at most 1, that keeps the product of `rows` (..., K) within 16.
 
-    Exact to multiply with and to divide by, short of what becomes too small for fp16.
+    Exact to multiply with and to divide by, short of what becomes too small for fp16. Never under 2^-24, the smallest
+    number of fp16, with which the product of the largest two is 256.
     """
     bound = torch.ones((), device=rows[0].device)
     for row in rows:
         low, high = row.aminmax(dim=-1, keepdim=True)
         bound = bound * torch.maximum(high, -low).float()
-    return torch.exp2(-(bound / _LARGEST_FP16).log2().ceil().clamp(min=0)).to(torch.float16)
+    return torch.exp2(-(bound / _LARGEST_FP16).log2().ceil().clamp(min=0, max=24)).to(torch.float16)
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from offload import BudgetError, Rates, ResidencyPlan, Tier, format_bytes
 from offload.residency import predict_stall
 
-from .compute import AUTO, INT8
+from .compute import AUTO, LayerSize, may_take_int8
 from .config import ModelConfig
 from .devices import DTYPES, stream_dtype
 from .model_weights import LOCAL_DECODER, visit_seconds
@@ -116,6 +116,12 @@ class Planner:
     @property
     def config(self) -> ModelConfig:
         return self._opened.transformer.config
+
+    def may_take_int8(self, compute: str) -> bool:
+        """Whether a run could multiply in integers, which takes other memory."""
+        size = LayerSize(self.config.dim, self.config.ffn_dim)
+        dtype = DTYPES[self._profile.dtype]
+        return bool(self._opened.int8_layers) and may_take_int8(compute, self._streamer.device, dtype, size)
 
     def close(self) -> None:
         self._opened.weights.close()
@@ -324,7 +330,7 @@ def make_plan(
 ) -> RunPlan:
     """Plan a run. request: width, height, steps, cfg_scale and pictures; None takes the model's default.
 
-    compute: as for `L2PPipeline`; "auto" counts with INT8 on a card, which may be chosen there.
+    compute: as for `L2PPipeline`; "auto" counts with INT8 wherever a run may take it.
 
     Raises CheckpointError, ValueError.
     """
@@ -332,7 +338,6 @@ def make_plan(
     try:
         defaults = planner.config.defaults
         chosen = {name: getattr(defaults, name, 1) if value is None else value for name, value in request.items()}
-        int8 = compute == INT8 or (compute == AUTO and not profile.is_cpu)
-        return planner.plan(PlanRequest(**chosen, dtype=profile.dtype, int8=int8))  # type: ignore[arg-type]
+        return planner.plan(PlanRequest(**chosen, dtype=profile.dtype, int8=planner.may_take_int8(compute)))  # type: ignore[arg-type]
     finally:
         planner.close()

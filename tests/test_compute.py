@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from l2p_lowvram import L2PPipeline, cli, compute
-from l2p_lowvram.compute import Compute, LayerSize, check_kernel, choose_compute, fast_kernels
+from l2p_lowvram.compute import Compute, LayerSize, check_kernel, choose_compute, fast_kernels, may_take_int8
 from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.int8_matmul import Int8Matmul, in_fp32
 from l2p_lowvram.linear import Linear
@@ -82,6 +82,22 @@ def test_matrix_units_are_left_to_bf16(dtype: torch.dtype, name: str, monkeypatc
 
     assert choose_compute("auto", CPU, dtype, SIZE).name == name
     assert choose_compute("int8", CPU, dtype, SIZE).name == "int8"
+
+
+@pytest.mark.parametrize("asked", ["auto", "dequant", "int8"])
+@pytest.mark.parametrize("columns", [128, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vnni", [True, False])
+def test_what_may_be_taken_is_known_without_measuring(
+    asked: str, columns: int, dtype: torch.dtype, vnni: bool, monkeypatch: pytest.MonkeyPatch
+):
+    size = LayerSize(columns, 96)
+    monkeypatch.setattr(compute, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(compute, "layer_seconds", None)
+    may = may_take_int8(asked, CPU, dtype, size)
+    monkeypatch.setattr(compute, "layer_seconds", lambda layer, x, matmul: 1.0 if matmul is None else 0.01)
+
+    assert (choose_compute(asked, CPU, dtype, size).name == "int8") == may
 
 
 def test_each_device_has_its_kernels(monkeypatch: pytest.MonkeyPatch):

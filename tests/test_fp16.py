@@ -113,6 +113,16 @@ def test_the_factor_is_a_power_of_two_and_no_larger_than_it_must_be():
     assert fp16_factor(rows).squeeze(-1).tolist() == [2.0**-6, 1.0, 1.0, 2.0**-10]
 
 
+def test_the_largest_products_of_fp16_keep_a_factor():
+    rows = torch.tensor([[60_000.0, -20_000.0, 1.0]], dtype=torch.float16)
+
+    factor = fp16_factor(rows, rows)
+
+    assert factor.item() == 2.0**-24
+    assert (rows * factor * rows).isfinite().all()
+    assert torch.equal((rows * factor).float() / factor.float(), rows.float())
+
+
 def test_a_row_that_is_not_finite_stays_so():
     rows = torch.tensor([[float("inf"), 1.0], [float("nan"), 1.0]], dtype=torch.float16)
 

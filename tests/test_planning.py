@@ -107,6 +107,16 @@ def test_a_text_encoder_that_does_not_fit_is_refused(model: Path, monkeypatch: p
     assert plan.smallest_budget == plan.peak_device_bytes > 3 << 30
 
 
+@pytest.mark.parametrize("compute", ["auto", "int8"])
+def test_a_file_without_int8_layers_is_planned_without_int8(tmp_path: Path, compute: str) -> None:
+    asked = {**ASKED, "width": 64, "height": 64}
+    path = goldens.write_checkpoint("a_mini", tmp_path)
+
+    plans = [make_plan(locate_model(path), ANY_CARD, MemoryOptions(), asked, name) for name in ("dequant", compute)]
+
+    assert plans[0] == plans[1]
+
+
 def test_the_prediction_reads_no_weight(model: Path) -> None:
     size = model.stat().st_size
     with model.open("r+b") as file:  # everything behind the header is gone, but for the file's length
