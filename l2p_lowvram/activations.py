@@ -46,6 +46,7 @@ def block_bytes(
     *,
     scratch_bytes: int,
     int8_bytes: int = 0,
+    product_bytes: int = 0,
     stream_itemsize: int | None = None,
 ) -> int:
     """Most bytes alive beside the state while a block updates it in slices.
@@ -53,7 +54,8 @@ def block_bytes(
     itemsize: of what attention and feed-forward compute in. stream_itemsize: of the state; None: the same.
     scratch_bytes: of converted weights; 0 where they are stored in the activations' dtype, or none is converted.
     int8_bytes: `int8_matmul.working_bytes` where INT8 weights are multiplied in integers: then a slice of
-    tokens stands in int8 too. 0 where they are not.
+    tokens stands in int8 too. 0 where they are not. product_bytes: `linear.product_bytes` of a slice of tokens, the
+    most of any layer; 0 where no weight is converted.
     """
     dim, e, r = config.dim, itemsize, stream_itemsize or itemsize
     group = min(sizes.heads, config.n_heads) * config.head_dim
@@ -62,12 +64,14 @@ def block_bytes(
     widened = 0 if r == e else wide_row
     hidden = slice_tokens * config.ffn_dim * e
     row8, hidden8 = (row // e, hidden // e) if int8_bytes else (0, 0)
-    project = max(_project_bytes(slice_tokens, dim, group, e) + row8, wide_row)
+    # What attention reads is normalised in the state's dtype, then there in both.
+    project = max(_project_bytes(slice_tokens, dim, group, e) + row8, wide_row + (0 if r == e else row))
     multiply = row + row8 + 3 * slice_tokens * group * e + int8_bytes
     attend = _attend_bytes(queries, group, sizes, config, e)
     attention = result + 2 * tokens * group * e + max(project, multiply, attend)
-    output = result + max(2 * wide_row, 2 * row - row * (r == e) + max(row8 + int8_bytes, widened))
-    feed_forward = row + max(2 * hidden + row8 + int8_bytes, hidden + row + max(hidden8 + int8_bytes, widened))
+    beside = max(row8 + int8_bytes, product_bytes)
+    output = result + max(2 * wide_row, 2 * row - row * (r == e) + max(beside, widened))
+    feed_forward = row + max(2 * hidden + beside, hidden + row + max(hidden8 + int8_bytes, product_bytes, widened))
     return scratch_bytes + max(attention, output, feed_forward, 2 * wide_row)
 
 

@@ -31,8 +31,8 @@ DEVICE_SLICE_BYTES = 16 << 20
 # twice as slow with fewer than a thousand.
 _CPU_HALF_BYTES = 25 << 20
 _CPU_HALF_ROWS = 1280
-# Of outputs in fp32 on their way to half precision, and of one slice of them.
-_CPU_SCALED_BYTES = 4 << 20
+# Of outputs in fp32 on their way to half precision.
+_CPU_SCALED_BYTES = 2 << 20
 
 
 def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
@@ -42,6 +42,27 @@ def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
     if device.type == "cpu" and itemsize == 2:
         return 2 * nbytes + max(_CPU_HALF_BYTES, held) + _CPU_SCALED_BYTES
     return 2 * nbytes + max(nbytes * itemsize // 4, held)
+
+
+def product_bytes(device: torch.device, dtype: torch.dtype, tokens: int, columns: int, outputs: int) -> int:
+    """Of what one slice of a converted weight (outputs, columns) makes of so many tokens, before it is where it is to
+    be."""
+    return tokens * min(_multiplied_rows(device, dtype, columns, outputs), outputs) * dtype.itemsize
+
+
+def _slice_rows(device: torch.device, columns: int) -> int:
+    """Rows that are dequantised at a time."""
+    nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
+    return max(nbytes // (4 * columns) // 64, 1) * 64
+
+
+def _multiplied_rows(device: torch.device, dtype: torch.dtype, columns: int, outputs: int) -> int:
+    """Rows that are multiplied at a time: in slices of equal size, where a CPU's matrix units want many."""
+    if device.type != "cpu" or dtype.itemsize != 2:
+        return _slice_rows(device, columns)
+    most = min(_CPU_HALF_BYTES // (dtype.itemsize * columns), _CPU_HALF_ROWS)
+    parts = -(-outputs // max(most // 64 * 64, 64))
+    return -(-outputs // parts // 64) * 64
 
 
 @dataclass(frozen=True)
@@ -207,7 +228,7 @@ class Linear(nn.Module):
         # A few rows at a time: the weight never stands dequantised as a whole, and on a CPU the
         # slice is still in the cache when it is multiplied.
         result = x.new_empty(*x.shape[:-1], self.out_features)
-        step = self._multiplied_rows(x.device, x.dtype)
+        step = _multiplied_rows(x.device, x.dtype, self.in_features, self.out_features)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
             out, added = result[..., rows], None if bias is None else bias[rows]
@@ -271,7 +292,7 @@ class Linear(nn.Module):
     def _convert_into(self, out: Tensor, rows: slice, *, scaled: bool = True) -> Tensor:
         """out := the weight's rows (n, K) in out's dtype, a slice at a time; `scaled`, or as they are stored."""
         start, stop, _ = rows.indices(self.out_features)
-        step = self._slice_rows(out.device)
+        step = _slice_rows(out.device, self.in_features)
         for first, piece in zip(range(start, stop, step), out.split(step), strict=True):
             self._convert_slice(piece, slice(first, min(first + step, stop)), scaled)
         return out
@@ -299,19 +320,6 @@ class Linear(nn.Module):
 
     def _take_fp32(self, name: str, shape: torch.Size) -> Tensor:
         return self.scratch.take(name, shape, torch.float32, self.weight.device)
-
-    def _slice_rows(self, device: torch.device) -> int:
-        """Rows that are dequantised at a time."""
-        nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
-        return max(nbytes // (4 * self.in_features) // 64, 1) * 64
-
-    def _multiplied_rows(self, device: torch.device, dtype: torch.dtype) -> int:
-        """Rows that are multiplied at a time: in slices of equal size, where a CPU's matrix units want many."""
-        if device.type != "cpu" or dtype.itemsize != 2:
-            return self._slice_rows(device)
-        most = min(_CPU_HALF_BYTES // (dtype.itemsize * self.in_features), _CPU_HALF_ROWS)
-        parts = -(-self.out_features // max(most // 64 * 64, 64))
-        return -(-self.out_features // parts // 64) * 64
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.weight.dtype}, rotation={self.rotation}"

@@ -157,11 +157,22 @@ def _widest_moment(config: ModelConfig, work: PictureWork, tiling: Tiling, *, on
     e, r, tokens, sizes = work.dtype.itemsize, work.stream_itemsize, work.tokens(config), tiling.sizes
     device = torch.device("cpu" if on_cpu else "cuda")
     held = activations.group_weight_bytes(config, sizes, e)
-    converted = linear.converted_bytes(device, r, held)
-    working = int8_matmul.working_bytes(device, min(sizes.tokens, tokens), config.ffn_dim) if work.int8 else 0
+    # Blocks convert weights to their dtype, everything else to that of the stream.
+    converted = max(linear.converted_bytes(device, size, held) for size in {e, r})
+    rows = min(sizes.tokens, tokens)
+    layers = ((config.dim, config.dim), (config.dim, config.ffn_dim), (config.ffn_dim, config.dim))
+    product = max(linear.product_bytes(device, work.dtype, rows, *layer) for layer in layers)
+    working = int8_matmul.working_bytes(device, rows, config.ffn_dim) if work.int8 else 0
     # Even with INT8 arithmetic some layers may be dequantised: the file's own wish, or what it left in floats.
     block = activations.block_bytes(
-        config, tokens, sizes, e, scratch_bytes=converted, int8_bytes=working, stream_itemsize=r
+        config,
+        tokens,
+        sizes,
+        e,
+        scratch_bytes=converted,
+        int8_bytes=working,
+        product_bytes=product,
+        stream_itemsize=r,
     )
     prelude = activations.prelude_bytes(config, work.width, work.height, sizes, r) + converted
     room = max(block, prelude)
