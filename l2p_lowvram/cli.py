@@ -229,7 +229,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--bf16-timestep", action="store_true", help="round the timestep to bf16 as the original code does"
     )
-    _add_compute(model, "auto: int8 where it is measured to be clearly faster on this device")
+    _add_compute(
+        model,
+        "auto: int8 where it is measured to be clearly faster, on CPUs with VNNI unless it is measured to be slower",
+    )
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -393,7 +396,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: as the device computes"
     )
-    _add_compute(parser, "auto: as int8 on a card, which takes more memory, and as dequant on the CPU")
+    _add_compute(parser, "auto: as int8 wherever a run may take it, which takes more memory")
     _add_memory(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 

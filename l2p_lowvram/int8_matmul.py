@@ -3,7 +3,8 @@
     x W^T  ~  (q_x q_w^T) * scale_x * scale_w,    q_x = round(x / scale_x),  scale_x = absmax of the token / 127
 
 Sums of products of int8 are integers, so every kernel that is right gives the same bits; they differ in speed
-alone. A token's quantisation depends on no other token, so slices of tokens have the bits of the whole.
+alone. A token's quantisation depends on no other token, so slices of tokens have the bits of the whole; rotated ones
+up to rounding, since how a rotation rounds depends on how many rows are multiplied at once.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ class Linear(nn.Module):
     def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
         """The weight (N, K)[rows] in `dtype`; scaling and un-rotation happen in fp32.
 
-        Exact: a row has the same bits whether it is asked for alone or with others.
+        Exact: a row has the same bits whether it is asked for alone or with others; of rotated weights up to rounding.
         """
         if self.weight_scale is None:
             return self.weight[rows].to(dtype)

@@ -165,8 +165,9 @@ class L2PPipeline:
         bf16_timestep: round the timestep as the original pipeline does (for comparisons only).
         compute: what multiplies the INT8 weights of attention and feed-forward. "dequant": them as floats.
             "int8": INT8 activations, quantised per token, by the best kernel of the device; a seed gives another,
-            slightly worse picture. "auto": int8 where it is measured to be clearly faster; on CPUs without VNNI,
-            where it cannot be, dequant. `pipe.compute` says what was chosen and why.
+            slightly worse picture. "auto": int8 where it is measured to be clearly faster; on CPUs with VNNI unless it
+            is measured to be slower; on others, and for narrow layers, dequant. `pipe.compute` says what was chosen
+            and why.
 
         Raises CheckpointError for a file that is refused, ValueError or FileNotFoundError otherwise. A
         budget that is too small for a picture is found out by the call that makes it (BudgetError).
