@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .console import lost_output, open_standard_descriptors, print_line, say
 from .quantize import add_dequantize, add_quantize
-from .stdout import print_line
 from .user_input import InputError, one_line, user_input
 
 PROGRAM = "l2p-lowvram"
@@ -80,6 +80,7 @@ OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 def entry() -> NoReturn:
     """The console script."""
+    open_standard_descriptors()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.update(OPENMP)
     signal.signal(signal.SIGTERM, _terminated)
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
+        code = command(arguments)
+        return EXIT_INPUT if code == 0 and lost_output() else code
     except InputError as error:
         return _fail(one_line(error), EXIT_INPUT)
     except KeyboardInterrupt:
@@ -168,14 +170,18 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 
 def profile_command(arguments: argparse.Namespace) -> int:
+    from .paths import are_same_file
     from .profiles import as_json, as_text, measure_here
 
     with user_input():
+        output = None if arguments.output is None else Path(arguments.output)
+        if output is not None and arguments.model is not None and are_same_file(output, Path(arguments.model)):
+            raise InputError(f"{output}: is the --model that is to be measured; name another file")
         profile = measure_here(arguments.device, arguments.dtype, arguments.model)
-        if arguments.output is not None:
+        if output is not None:
             from .whole_file import whole_file
 
-            with whole_file(Path(arguments.output), overwrite=arguments.overwrite) as file:
+            with whole_file(output, overwrite=arguments.overwrite) as file:
                 file.write(f"{as_json(profile)}\n".encode())
     print_line(as_json(profile) if arguments.json else as_text(profile))
     return 0
@@ -219,7 +225,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--text-encoder", metavar="PATH", help="file or folder; default: the model folder's")
     model.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or its folder; default: likewise")
-    model.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, …")
+    model.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     model.add_argument(
         "--dtype",
         default="auto",
@@ -268,7 +274,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--seed", metavar="S", nargs="+", type=int, help="one picture each; -1 or none: a random one, printed"
     )
     sampling.add_argument(
-        "--count", metavar="N", type=_count, default=1, help="pictures from seed, seed + 1, … (default 1)"
+        "--count", metavar="N", type=_count, default=1, help="pictures from seed, seed + 1, ... (default 1)"
     )
     sampling.add_argument(
         "--noise-device",
@@ -390,7 +396,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--device-profile",
         metavar="NAME",
-        help="a card's name (rtx3060-12g, rtx4060-laptop-8g, rtx4090, …) or a .json file that profile wrote; "
+        help="a card's name (rtx3060-12g, rtx4060-laptop-8g, rtx4090, ...) or a .json file that profile wrote; "
         "default: a slow card where --vram is given, else this machine",
     )
     parser.add_argument(
@@ -410,7 +416,7 @@ def _add_profile(commands: argparse._SubParsersAction[_Parser]) -> None:
         profile_command,
     )
     parser.add_argument("-m", "--model", metavar="FILE", help="what the disk's rate is measured on; default: none is")
-    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, …")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: as generate chooses it"
     )
@@ -481,5 +487,5 @@ _number.__name__ = "number"
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}" if code != EXIT_INTERRUPTED else message, file=sys.stderr, flush=True)
+    say(f"error: {message}" if code != EXIT_INTERRUPTED else message)
     return code

@@ -52,7 +52,7 @@ from .safetensors_writer import TensorEntry, file_bytes, write_safetensors
 from .settings import METADATA_ENTRY
 from .sources import LinearQuantization
 from .weights import check_scales
-from .whole_file import whole_file
+from .whole_file import require_replaceable, whole_file
 
 CONVERSION_METADATA = "l2p_conversion"
 ENCODER_TARGETS = ("layers.*.self_attn.[qkvo]_proj", "layers.*.mlp.*_proj")
@@ -426,8 +426,9 @@ class Rewriting:
             raise ValueError(f"{path}: is a folder; name a file in it, such as {path / 'model.safetensors'}")
         if any(path.exists() and path.samefile(file) for file in self.checkpoint.files):
             raise ValueError(f"{path}: is the input itself; name another file")
-        if path.exists() and not overwrite:
+        if os.path.lexists(path) and not overwrite:
             raise ValueError(f"{path}: already exists; name another file or give --overwrite")
+        require_replaceable(path)
         free = shutil.disk_usage(path.parent).free
         if free < self.nbytes:
             has = f"{format_bytes(free)} free"

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload import MemoryWatch, format_bytes, peak_device_bytes, process_memory, start_device_peak
 
 from . import images, metadata
+from .console import print_line, say
 from .order import Order, Picture, Preview, take_order
 from .progress import Progress
 from .report import budget_record, phase_record, phase_table
-from .stdout import print_line
-from .user_input import InputError, describe_os_error, refusals, user_input
+from .user_input import InputError, describe_os_error, one_line, refusals, user_input
 from .whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Run:
     preview: Preview | None
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    written: list[Picture] = field(default_factory=list)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -69,7 +71,7 @@ class Run:
 def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bool | Path | None) -> int:
     """Run the command. model: None for the demo. prompt_cache: as `L2PPipeline.from_pretrained` takes it.
 
-    Raises InputError, NonFiniteError or KeyboardInterrupt; pictures finished by then stay.
+    Raises InputError, NonFiniteError or KeyboardInterrupt; pictures finished by then stay, and are in the report.
     """
     started = time.perf_counter()
     order = take_order(options, model or "demo")
@@ -90,12 +92,15 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
                 say(f"plan: {plan}")
                 say(f"compute: {run.pipe.compute.told()}")
             start_device_peak(run.pipe.device)
-            written = make_pictures(run, settings)
+            with _told_if_it_fails(run, settings, watch, started):
+                make_pictures(run, settings)
             run.seconds["total"] = time.perf_counter() - started
-            report = make_report(run, settings, written, watch)
+            report = make_report(run, settings, watch)
         finally:
             run.pipe.close()
-    _tell(run, report)
+    _deliver(options, report)
+    if not options.quiet:
+        _summarise(run, report)
     return EXIT_BUDGET if options.strict_budget and _breaks_budget(report) else 0
 
 
@@ -115,27 +120,38 @@ def _breaks_budget(report: dict[str, Any]) -> bool:
     return True
 
 
-def _tell(run: Run, report: dict[str, Any]) -> None:
-    """The report to where it was asked for, and a summary for people."""
-    options = run.order.options
+@contextmanager
+def _told_if_it_fails(run: Run, settings: metadata.RunSettings, watch: MemoryWatch, started: float) -> Iterator[None]:
+    """Around the work: where it ends early, pictures that are finished are reported like those of a whole run."""
+    try:
+        yield
+    except BaseException as error:
+        if run.written:
+            run.seconds["total"] = time.perf_counter() - started
+            report = make_report(run, settings, watch) | {"error": one_line(error) or type(error).__name__}
+            with suppress(InputError):  # the first error is the one to tell
+                _deliver(run.order.options, report)
+        raise
+
+
+def _deliver(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """The report to where it was asked for. Raises InputError."""
     text = json.dumps(report, indent=2)
+    if options.json:
+        print_line(text)
     if options.report is not None:
         try:
             with whole_file(Path(options.report), overwrite=options.overwrite) as file:
                 file.write(f"{text}\n".encode())
         except OSError as error:
             raise InputError(describe_os_error(error)) from error
-    if options.json:
-        print_line(text)
-    if not options.quiet:
-        for reason in report["memory"]["fallbacks"]:
-            say(f"slower than it could be: {reason}")
-        say(phase_table(run.pipe.phases))
-        say(summary_line(report, run.progress.steps))
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _summarise(run: Run, report: dict[str, Any]) -> None:
+    for reason in report["memory"]["fallbacks"]:
+        say(f"slower than it could be: {reason}")
+    say(phase_table(run.pipe.phases))
+    say(summary_line(report, run.progress.steps))
 
 
 def _load(order: Order, prompt_cache: bool | Path | None) -> L2PPipeline:
@@ -214,13 +230,12 @@ def _init_image(order: Order, strength: float | None) -> metadata.InitImage | No
     return metadata.InitImage(Path(order.options.image).name, order.image_sha256, strength)
 
 
-def make_pictures(run: Run, settings: metadata.RunSettings) -> list[Picture]:
+def make_pictures(run: Run, settings: metadata.RunSettings) -> None:
     """Encode once, then one pipeline call per seed; each path is printed as its file is complete."""
     order, quiet = run.order, run.order.options.quiet
     if not quiet:
         seeds = " ".join(str(picture.seed) for picture in order.pictures)
         say(f"{settings.width}x{settings.height}, {settings.steps} steps, {settings.dtype}, seed {seeds}")
-    written: list[Picture] = []
     try:
         run.pipe.on_progress = run.progress.report
         positive, negative = _encode(run, settings)
@@ -228,18 +243,17 @@ def make_pictures(run: Run, settings: metadata.RunSettings) -> list[Picture]:
             label = f"picture {picture.index + 1}/{len(order.pictures)}"
             with run.progress.picture(label, settings.steps):
                 image = _draw(run, settings, picture, positive, negative)
-            _save(run, settings, picture, image)
-            written.append(picture)
+            saved = _save(run, settings, picture, image)
+            run.written.append(saved)
             if not order.options.json:
-                print_line(str(picture.path))
+                print_line(str(saved.path))
     except KeyboardInterrupt:
         if len(order.pictures) > 1:
-            say(f"{len(written)} of {len(order.pictures)} pictures written")
+            say(f"{len(run.written)} of {len(order.pictures)} pictures written")
         raise
     finally:
         run.progress.close()
         run.pipe.on_progress = None
-    return written
 
 
 def _encode(run: Run, settings: metadata.RunSettings) -> tuple[Tensor, Tensor | None]:
@@ -285,18 +299,32 @@ def _draw(
     return result
 
 
-def _save(run: Run, settings: metadata.RunSettings, picture: Picture, image: Image) -> None:
+def _save(run: Run, settings: metadata.RunSettings, picture: Picture, image: Image) -> Picture:
+    """The picture as it was saved: under a name beside the one asked for if that was taken while we computed."""
     options = run.order.options
     text = None
     if not options.no_metadata:
         text = metadata.text_entries(settings.with_seed(picture.seed), run.pipe.identity)
     quality = images.DEFAULT_QUALITY if options.quality is None else options.quality
     started = time.perf_counter()
-    try:
-        images.save_image(image, picture.path, text=text, overwrite=options.overwrite, quality=quality)
-    except OSError as error:  # the disk is full, or the name was taken while we computed
-        raise InputError(describe_os_error(error)) from error
+    for path in _names_beside(picture.path):
+        try:
+            images.save_image(image, path, text=text, overwrite=options.overwrite, quality=quality)
+        except FileExistsError:
+            continue
+        except OSError as error:  # the disk is full
+            raise InputError(describe_os_error(error)) from error
+        break
+    if path != picture.path:
+        run.warn(f"{picture.path} was made by another program meanwhile; the picture is in {path}")
     run.add_seconds("save", time.perf_counter() - started)
+    return replace(picture, path=path)
+
+
+def _names_beside(path: Path) -> Iterator[Path]:
+    """`x.png`, then `x-1.png`, `x-2.png` and so on."""
+    yield path
+    yield from (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
 
 
 def _save_preview(run: Run, picture: Picture, step: int, denoised: Tensor) -> None:
@@ -310,9 +338,7 @@ def _save_preview(run: Run, picture: Picture, step: int, denoised: Tensor) -> No
         run.warn(f"preview stopped, {describe_os_error(error)}")
 
 
-def make_report(
-    run: Run, settings: metadata.RunSettings, written: Sequence[Picture], watch: MemoryWatch
-) -> dict[str, Any]:
+def make_report(run: Run, settings: metadata.RunSettings, watch: MemoryWatch) -> dict[str, Any]:
     """What `--json` prints and `--report` writes."""
     shared = metadata.settings_record(settings)
     return {
@@ -324,7 +350,7 @@ def make_report(
                 "width": settings.width,
                 "height": settings.height,
             }
-            for picture in written
+            for picture in run.written
         ],
         "prompt": shared.pop("prompt"),
         "negative_prompt": shared.pop("negative_prompt"),

@@ -144,8 +144,18 @@ def save_image(
         image.save(file, chosen.name, **options)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, if that can be read, and without it."""
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, EOFError, struct.error):  # damaged; the picture itself is not
+        image = image.copy()
+    image.info.pop("exif", None)
+    return image
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 bits a channel")
     if image.mode.startswith("I"):

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path
 
 from offload import Checkpoint, CheckpointError, TensorInfo, TensorSource, format_bytes
 from offload.header import shown
@@ -17,6 +16,7 @@ from .config import ModelConfig
 from .encoder import read_encoder_layout
 from .layout import ModelLayout, block_of, read_layout
 from .linear import REGULAR
+from .paths import expanded
 from .sources import LinearQuantization
 
 MODEL, TEXT_ENCODER = "L2P model", "text encoder"
@@ -100,7 +100,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Report:
     Also says why a file is refused, and recognises text encoders. Raises nothing for bad files.
     """
     try:
-        checkpoint = Checkpoint.open(Path(path).expanduser())
+        checkpoint = Checkpoint.open(expanded(path))
     except CheckpointError as error:
         return Report(str(path), None, error.reason)
     with checkpoint:

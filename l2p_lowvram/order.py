@@ -7,13 +7,15 @@ import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import images
+from .paths import are_same_file, expanded, same_file_key
 from .user_input import InputError, user_input
+from .whole_file import require_replaceable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +48,10 @@ class Preview:
     def file(self, seed: int, step: int) -> Path:
         return self.path / f"{seed}_step_{step + 1:03d}.png" if self.is_folder else self.path
 
+    def present(self, seed: int) -> Path | None:
+        """A preview of that seed that is in the folder already."""
+        return next(iter(sorted(self.path.glob(f"{seed}_step_*.png"))), None)
+
 
 @dataclass(frozen=True)
 class Order:
@@ -70,16 +76,20 @@ def take_order(options: argparse.Namespace, model: str) -> Order:
     with user_input():
         _check_combinations(options)
         for name, path in (("--text-encoder", options.text_encoder), ("--tokenizer", options.tokenizer)):
-            if path is not None and not Path(path).expanduser().exists():
+            if path is not None and not expanded(path).exists():
                 raise InputError(f"{name} {path}: no such file or folder")
-        if options.report is not None:
-            _check_report(Path(options.report), overwrite=options.overwrite)
+        report = None if options.report is None else Path(options.report)
+        if report is not None:
+            _check_free(report, "--report", overwrite=options.overwrite)
         prompt = read_prompt(options.prompt, options.prompt_file)
         seeds = choose_seeds(options.seed, options.count)
         pictures = name_pictures(options.output, seeds)
         for picture in pictures:
             _check_destination(picture.path, overwrite=options.overwrite)
-        preview = None if options.preview is None else _take_preview(Path(options.preview), pictures)
+        preview = None
+        if options.preview is not None:
+            preview = _take_preview(Path(options.preview), pictures, overwrite=options.overwrite)
+        _check_apart(pictures, preview, report, inputs(options, model))
         image, digest = None, None
         if options.image is not None:
             image = images.read_image(Path(options.image))
@@ -88,13 +98,33 @@ def take_order(options: argparse.Namespace, model: str) -> Order:
         return Order(model, prompt, negative, pictures, preview, image, digest, options)
 
 
-def _check_report(path: Path, *, overwrite: bool) -> None:
-    if path.is_dir():
-        raise InputError(f"--report {path}: is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise InputError(f"--report {path}: there is no folder {path.parent}; make it first")
-    if not overwrite and os.path.lexists(path):
-        raise InputError(f"--report {path}: exists already; give --overwrite or another name")
+def inputs(options: argparse.Namespace, model: str) -> dict[str, Path]:
+    """The files that a run reads, by the option that names them."""
+    named = {
+        "--image": options.image,
+        "--prompt-file": options.prompt_file,
+        "--model": model,
+        "--text-encoder": options.text_encoder,
+        "--tokenizer": options.tokenizer,
+    }
+    return {option: expanded(path) for option, path in named.items() if path is not None}
+
+
+def _check_apart(
+    pictures: Sequence[Picture], preview: Preview | None, report: Path | None, read: Mapping[str, Path]
+) -> None:
+    """Raise InputError where one file would be written twice, or written while it is read."""
+    written = {same_file_key(picture.path): "--output" for picture in pictures}
+    preview_file = None if preview is None or preview.is_folder else preview.path
+    for option, path in (("--preview", preview_file), ("--report", report)):
+        if path is None:
+            continue
+        other = written.setdefault(same_file_key(path), option)
+        if other != option:
+            raise InputError(f"{path}: is named by both {option} and {other}")
+        for name, source in read.items():
+            if are_same_file(path, source):
+                raise InputError(f"{option} {path}: is what {name} names; give another name")
 
 
 def _check_combinations(options: argparse.Namespace) -> None:
@@ -169,42 +199,48 @@ def name_pictures(pattern: str, seeds: Sequence[int]) -> tuple[Picture, ...]:
         )
     seen: dict[str, Picture] = {}
     for picture in pictures:
-        other = seen.setdefault(_same_file_key(picture.path), picture)
+        other = seen.setdefault(same_file_key(picture.path), picture)
         if other is not picture:
             raise InputError(f"two pictures would be written to {picture.path}; put {{index}} into the name")
     return pictures
 
 
-def _same_file_key(path: Path) -> str:
-    return os.path.normcase(path.parent.resolve() / path.name)
-
-
 def _check_destination(path: Path, *, overwrite: bool) -> None:
     """Raise InputError unless a picture can be saved there, as far as that can be told beforehand."""
     images.image_format(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file in it")
+    _check_free(path, "--output", overwrite=overwrite)
+
+
+def _check_free(path: Path, option: str, *, overwrite: bool) -> None:
+    """Raise InputError or OSError unless a file can be written there, as far as that can be told beforehand."""
+    require_replaceable(path)
+    named = str(path) if option == "--output" else f"{option} {path}"
     if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+        raise InputError(f"{named}: there is no folder {path.parent}; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: the folder {path.parent} is not writable")
+        raise InputError(f"{named}: the folder {path.parent} is not writable")
     if not overwrite and os.path.lexists(path):
-        raise InputError(f"{path}: exists already; give --overwrite or another --output")
+        another = option if option == "--output" else "name"
+        raise InputError(f"{named}: exists already; give --overwrite or another {another}")
 
 
-def _take_preview(path: Path, pictures: Sequence[Picture]) -> Preview:
-    """A file if the name ends like one, else a folder, which is made. Previews replace older ones."""
+def _take_preview(path: Path, pictures: Sequence[Picture], *, overwrite: bool) -> Preview:
+    """A file if the name ends like one, else a folder, which is made. A run's previews replace each other, and files
+    that were there before only with `overwrite`."""
     if path.suffix.lower() in images.FORMATS and not path.is_dir():
-        _check_destination(path, overwrite=True)
-        if _same_file_key(path) in {_same_file_key(picture.path) for picture in pictures}:
-            raise InputError(f"{path}: is named by both --preview and --output")
+        images.image_format(path)
+        _check_free(path, "--preview", overwrite=overwrite)
         return Preview(path, is_folder=False)
     if path.suffix and not path.is_dir():
         images.image_format(path)  # raises: a name that ends like a picture's is no folder's
     path.mkdir(exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{path}: the preview folder is not writable")
-    return Preview(path, is_folder=True)
+    preview = Preview(path, is_folder=True)
+    for picture in pictures:
+        if not overwrite and (found := preview.present(picture.seed)) is not None:
+            raise InputError(f"{found}: exists already; give --overwrite or another --preview folder")
+    return preview
 
 
 def _file_sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from offload import parse_bytes
@@ -673,7 +673,7 @@ def _check_image(image: object) -> Image.Image | Tensor | None:
     if image is None:
         return None
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image)
+        return images.upright(image)
     if isinstance(image, Tensor) and image.dim() in (3, 4) and image.dtype.is_floating_point:
         return image
     what = f"{image.dtype} tensor {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__

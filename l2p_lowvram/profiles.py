@@ -113,7 +113,7 @@ def find_profile(name: str) -> DeviceProfile:
     try:
         values = json.loads(raw[:_MAX_JSON_BYTES])
         return DeviceProfile(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: is no device profile ({error})") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,23 +9,29 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .console import StandardError
+
 # Always seconds per step: tqdm's own choice would flip to steps per second.
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
 # Into a log file a line now and then will do.
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.1, 10.0
 
 
+def _interval() -> float:
+    return _TERMINAL_SECONDS if StandardError().isatty() else _LOG_SECONDS
+
+
 @contextmanager
 def byte_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], object]]:
     """A bar over `total` bytes with rate and remaining time; what it yields is told the bytes done since last time."""
-    interval = _TERMINAL_SECONDS if sys.stderr is not None and sys.stderr.isatty() else _LOG_SECONDS
     with tqdm(
+        file=StandardError(),
         desc=label,
         total=total,
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        mininterval=interval,
+        mininterval=_interval(),
         dynamic_ncols=True,
         disable=quiet,
     ) as bar:
@@ -43,7 +48,7 @@ class Progress:
     def __init__(self, *, quiet: bool) -> None:
         self.steps = 0
         self._quiet = quiet
-        self._interval = _TERMINAL_SECONDS if sys.stderr is not None and sys.stderr.isatty() else _LOG_SECONDS
+        self._interval = _interval()
         self._bar: Any = None
         self._drawn = 0.0
 
@@ -85,6 +90,7 @@ class Progress:
     def _open(self, label: str, total: int, *, unit: str, leave: bool) -> None:
         self.close()
         self._bar = tqdm(
+            file=StandardError(),
             desc=label,
             total=total,
             unit=unit,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .console import print_line, say
 from .progress import byte_bar
-from .stdout import print_line
 from .user_input import InputError, describe_os_error, refusals, user_input
 
 if TYPE_CHECKING:  # torch is imported by the commands, not by the command line
@@ -141,13 +140,14 @@ def _planned(
     from offload import Checkpoint
 
     from .conversion import Rewriting, read_any_layout
+    from .paths import expanded
 
-    checkpoint = stack.enter_context(Checkpoint.open(arguments.input.expanduser()))
+    checkpoint = stack.enter_context(Checkpoint.open(expanded(arguments.input)))
     layout = read_any_layout(checkpoint, text_encoder=arguments.text_encoder)
     rewriting = stack.enter_context(Rewriting(checkpoint, layout, recipe, style))
     if not rewriting.quantized and recipe.scheme is not None:
         raise InputError("--include and --exclude leave no layer to quantise; see --help for the patterns")
-    target = stack.enter_context(_target(arguments.output.expanduser()))
+    target = stack.enter_context(_target(expanded(arguments.output)))
     rewriting.check_target(target, overwrite=arguments.overwrite)
     if arguments.text_encoder:
         rewriting.check_config(target, overwrite=arguments.overwrite)
@@ -241,7 +241,7 @@ def _report(arguments: argparse.Namespace, rewriting: Rewriting, written: _Writt
     from .comparison import error_table
 
     if not arguments.quiet:
-        print(_summary(rewriting, written), file=sys.stderr, flush=True)
+        say(_summary(rewriting, written))
     if arguments.json:
         print_line(json.dumps(_result(rewriting, written)))
         return

@@ -21,6 +21,7 @@ from offload import Checkpoint, CheckpointError
 from .layout import read_layout
 from .model import L2PTransformer
 from .model_weights import StreamedWeights
+from .paths import expanded
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import Streamer
 from .text import PromptTokenizer
@@ -111,7 +112,7 @@ def locate_model(
     model: PathLike, *, text_encoder: PathLike | None = None, tokenizer: PathLike | None = None
 ) -> ModelFiles:
     """Find the files. Raises FileNotFoundError or CheckpointError naming what is missing."""
-    path = DEMO_FOLDER if str(model) == DEMO else Path(model).expanduser()
+    path = DEMO_FOLDER if str(model) == DEMO else expanded(model)
     if not path.exists():
         hint = ""
         if len(path.parts) == 2 and not path.suffix:
@@ -138,7 +139,7 @@ def model_folder(path: Path) -> Path | None:
 def _existing(path: PathLike | None, what: str) -> Path | None:
     if path is None:
         return None
-    result = Path(path).expanduser()
+    result = expanded(path)
     if not result.exists():
         raise FileNotFoundError(f"{result}: no such {what} file or folder")
     return result

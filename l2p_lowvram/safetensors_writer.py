@@ -118,7 +118,7 @@ def write_safetensors(
     path = Path(path)
     entries = list(entries)
     header = encode_header(entries, metadata)
-    if path.exists() and not overwrite:  # asked again at the end: the writing may take minutes
+    if os.path.lexists(path) and not overwrite:  # asked again at the end: the writing may take minutes
         raise FileExistsError(errno.EEXIST, "already exists", str(path))
     whole = whole_file(path, overwrite=overwrite, durable=durable, check=check)
     with whole as file, _Ahead(entries, threads) as ahead:

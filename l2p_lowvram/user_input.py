@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_OWN_PACKAGES = frozenset({"l2p_lowvram", "offload", "tiling"})
 _PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_OWN_PACKAGES = frozenset({"l2p_lowvram", "offload", "tiling"})
 
 
 class InputError(ValueError):
@@ -27,7 +27,9 @@ def user_input() -> Iterator[None]:
     """
     try:
         yield
-    except _PATH_ERRORS as error:
+    except OSError as error:
+        if error.filename is None and not isinstance(error, _PATH_ERRORS):
+            raise
         raise InputError(describe_os_error(error)) from error
     except ValueError as error:
         if not (_is_own_type(error) or _raised_by_own_code(error)):

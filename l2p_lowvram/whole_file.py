@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +22,10 @@ def whole_file(
     the name is taken, also when it was taken meanwhile. OSErrors about it name `path`.
     durable: on the disk before it gets its name, so that a power cut leaves no half of it either.
     check: is given the whole file, under its hidden name, and raises where it must not get the other.
+    What `overwrite` replaces is a regular file, or what a link leads to; for anything else FileExistsError.
     """
+    require_replaceable(path)
+    asked, path = path, path.resolve() if path.is_symlink() and overwrite else path
     hidden = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         # Not tempfile: that makes files only their owner can read.
@@ -41,9 +45,18 @@ def whole_file(
     except OSError as error:
         if error.filename is not None and Path(error.filename) != hidden:
             raise  # about another file that the block uses
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(asked)) from error
     finally:
-        hidden.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that cannot be written to
+            hidden.unlink(missing_ok=True)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise OSError where there is something other than a file at `path`: a folder, a device, a pipe."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file in it", str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is no regular file; name another", str(path))
 
 
 def _move_to_free_name(source: Path, target: Path) -> None:

@@ -258,7 +258,8 @@ def _complete(
     streamed = [block for block in blocks if block.name not in resident]
     held = sum(block.nbytes for block in blocks if block.name in resident)
     tiers = {block.name: Tier.DEVICE for block in blocks} | _host_tiers(streamed, rates, budget)
-    wanted = slots or (3 if Tier.DISK in tiers.values() else 2)
+    # More slots than blocks that move hold nothing.
+    wanted = min(slots or (3 if Tier.DISK in tiers.values() else 2), max(len(streamed), 2))
     # More slots than wanted can pay where some blocks take several of them.
     most = wanted if slots else 2 * wanted
     rings = _rings_within(streamed, most, budget.weights - held) if streamed else [(0, 0)]

@@ -20,11 +20,13 @@ import torch
 from PIL import Image
 
 from l2p_lowvram import __version__, cli, images, order, user_input
+from l2p_lowvram import generate as generate_module
 from l2p_lowvram.cli import main
 from l2p_lowvram.compute import Compute
 from l2p_lowvram.config import DecoderConfig, DecoderLevel, ModelConfig, SamplingDefaults
 from l2p_lowvram.errors import NonFiniteError, is_out_of_memory
 from l2p_lowvram.model import L2PTransformer
+from l2p_lowvram.profiles import ANY_CPU
 from l2p_lowvram.streaming import MemoryOptions
 from l2p_lowvram.whole_file import whole_file
 from offload import BudgetError, CheckpointError
@@ -534,7 +536,7 @@ def test_an_argument_that_is_no_text_is_refused(capsys: pytest.CaptureFixture[st
         (["-i", "taken.png"], "taken.png: not a picture in PNG, JPEG, WEBP, BMP, GIF, TIFF format"),
         (["--text-encoder", "none"], "--text-encoder none: no such file or folder"),
         (["--tokenizer", "none"], "--tokenizer none: no such file or folder"),
-        (["--preview", "none/a.png"], "none/a.png: there is no folder none; make it first"),
+        (["--preview", "none/a.png"], "--preview none/a.png: there is no folder none; make it first"),
         (["--preview", "none/steps"], "none/steps: no such file or directory"),
         (["--preview", "l2p_1.png", "--seed", "1"], "l2p_1.png: is named by both --preview and --output"),
         (["--preview", "taken"], "taken: file exists"),
@@ -833,12 +835,184 @@ def test_previews_in_a_folder_are_one_a_step(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_preview_file_is_replaced_each_step(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("now.jpg").write_text("old")
-
     assert run(capsys, "--preview", "now.jpg", "--seed", "1")[0] == 0
 
     assert sorted(path.name for path in Path().iterdir()) == ["l2p_1.png", "now.jpg"]
     assert images.read_image(Path("now.jpg")).size == (48, 32)
+
+
+def test_previews_replace_nothing_that_was_there_before(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("now.jpg").write_text("precious")
+    Path("steps").mkdir()
+    Path("steps/1_step_001.png").write_text("precious")
+
+    assert refused(capsys, "--preview", "now.jpg") == (
+        "--preview now.jpg: exists already; give --overwrite or another name"
+    )
+    told = refused(capsys, "--preview", "steps", "--seed", "2", "1")
+    assert told == "steps/1_step_001.png: exists already; give --overwrite or another --preview folder"
+    assert run(capsys, "--preview", "steps", "--seed", "1", "--overwrite")[0] == 0
+    assert images.read_image(Path("steps/1_step_001.png")).size == (48, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--report", "l2p_1.png"], "l2p_1.png: is named by both --report and --output"),
+        (["--report", "p.png", "--preview", "p.png"], "p.png: is named by both --report and --preview"),
+        (["--report", "given.png"], "--report given.png: is what --image names; give another name"),
+        (["--preview", "link.png"], "--preview link.png: is what --image names; give another name"),
+        (["--report", "model.safetensors"], "--report model.safetensors: is what --model names; give another name"),
+    ],
+)
+def test_nothing_is_written_over_what_is_read_or_written(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    Image.new("RGB", (48, 32)).save("given.png")
+    Path("link.png").symlink_to("given.png")
+    Path("model.safetensors").write_text("weights")
+
+    assert refused(capsys, "--seed", "1", "-i", "given.png", "--overwrite", *arguments) == message
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("option", ["--output", "--report", "--preview"])
+def test_what_is_no_file_is_never_replaced(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    os.mkfifo("pipe.png")
+
+    assert refused(capsys, option, "pipe.png", "--overwrite") == "pipe.png: is no regular file; name another"
+    assert Path("pipe.png").is_fifo()
+
+
+def test_a_link_that_may_be_overwritten_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("elsewhere").mkdir()
+    Path("elsewhere/target.png").write_text("old")
+    Path("link.png").symlink_to("elsewhere/target.png")
+
+    assert run(capsys, "-o", "link.png", "--overwrite")[0] == 0
+
+    assert Path("link.png").is_symlink()
+    assert images.read_image(Path("elsewhere/target.png")).size == (48, 32)
+    assert [path.name for path in Path("elsewhere").iterdir()] == ["target.png"]
+
+
+def test_a_name_that_is_taken_meanwhile_costs_no_picture(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = pipeline.__call__
+
+    def take_the_name(self: FakePipeline, **options: Any) -> types.SimpleNamespace:
+        Path("x.png").write_text("another's")
+        Path("x-1.png").write_text("another's")
+        return draw(self, **options)
+
+    monkeypatch.setattr(pipeline, "__call__", take_the_name)
+
+    code, out, err = run(capsys, "-o", "x.png")
+
+    assert (code, out) == (0, "x-2.png\n")
+    assert "warning: x.png was made by another program meanwhile; the picture is in x-2.png" in err
+    assert Path("x.png").read_text() == "another's"
+    assert images.read_image(Path("x-2.png")).size == (48, 32)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "KeyboardInterrupt"),
+        (OSError(28, "No space left on device"), 2, "l2p_2.png: no space left on device"),
+    ],
+)
+def test_finished_pictures_are_reported_even_if_a_later_one_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, told: str
+) -> None:
+    fail_second_save(monkeypatch, error)
+
+    found, out, _ = run(capsys, "--seed", "1", "2", "3", "--json", "--report", "r.json")
+
+    assert found == code
+    for report in (json.loads(out), json.loads(Path("r.json").read_text())):
+        assert [image["path"] for image in report["images"]] == ["l2p_1.png"]
+        assert report["error"] == told
+
+
+def test_a_report_that_cannot_be_written_does_not_cost_the_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "r.json")
+
+    monkeypatch.setattr(generate_module, "whole_file", full)
+
+    code, out, err = run(capsys, "--seed", "1", "--json", "--report", "r.json")
+
+    assert code == 2
+    assert json.loads(out)["images"][0]["path"] == "l2p_1.png"
+    assert err.splitlines()[-1] == "error: r.json: no space left on device"
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", f"{LONG}.png"], "file name too long"),
+        (["--report", LONG], "file name too long"),
+        (["--preview", LONG], "file name too long"),
+        (["-i", LONG], "file name too long"),
+        (["--tokenizer", LONG], "file name too long"),
+        (["--tokenizer", "~nosuchuser/x"], "~nosuchuser/x: there is no such user"),
+    ],
+)
+def test_names_that_no_system_takes_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["plan", "-m", "~nosuchuser/x"], "~nosuchuser/x: there is no such user"),
+        (["inspect", "~nosuchuser/x"], "~nosuchuser/x: there is no such user"),
+        (["quantize", "~nosuchuser/x", "y.safetensors"], "~nosuchuser/x: there is no such user"),
+        (["plan", "-m", LONG], "file name too long"),
+        (["plan", "--device-profile", "deep.json"], "deep.json: is no device profile"),
+    ],
+)
+def test_other_commands_refuse_odd_names_too(
+    capsys: pytest.CaptureFixture[str], command: list[str], message: str
+) -> None:
+    Path("deep.json").write_text("[" * 60_000)
+
+    assert main(command) == 2
+
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "taken.txt", "p/x.json"])
+def test_a_profile_that_cannot_be_written_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    Path("taken.txt").write_text("precious")
+    monkeypatch.setattr("l2p_lowvram.profiles.measure_here", lambda *_: ANY_CPU)
+
+    assert main(["profile", "-o", name]) == 2
+
+    assert capsys.readouterr().err.count("\n") == 1
+    assert Path("taken.txt").read_text() == "precious"
+
+
+def test_the_model_that_is_measured_is_not_replaced_by_its_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("m.safetensors").write_text("weights")
+
+    assert main(["profile", "-m", "m.safetensors", "-o", "m.safetensors", "--overwrite"]) == 2
+
+    assert "m.safetensors: is the --model that is to be measured" in capsys.readouterr().err
+    assert Path("m.safetensors").read_text() == "weights"
 
 
 def test_a_preview_that_cannot_be_saved_costs_a_warning_not_the_picture(
@@ -957,7 +1131,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_a_reader_that_goes_away_stops_nothing() -> None:
     script = (
-        "import os, sys; from l2p_lowvram.stdout import print_line\n"
+        "import os, sys; from l2p_lowvram.console import print_line\n"
         "read, write = os.pipe(); os.dup2(write, 1); os.close(write); os.close(read)\n"
         "print_line('a.png'); print_line('b.png'); print('still here', file=sys.stderr)"
     )
@@ -967,8 +1141,54 @@ def test_a_reader_that_goes_away_stops_nothing() -> None:
     assert (done.returncode, done.stderr) == (0, "still here\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+def test_a_full_standard_output_stops_nothing_but_is_told() -> None:
+    script = (
+        "import os, sys; from l2p_lowvram.console import lost_output, print_line\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+        "print_line('a.png'); print_line('b.png'); print(lost_output(), lost_output(), file=sys.stderr)"
+    )
+
+    done = python("-c", script)
+
+    told = "standard output cannot be written to (no space left on device); its lines are lost"
+    assert (done.returncode, done.stderr.splitlines()) == (0, [told, "True False"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
+def test_without_a_standard_error_the_picture_is_made_all_the_same(stderr: str) -> None:
+    command = (
+        f"{sys.executable} -m l2p_lowvram generate -p x -W 64 -H 64 --steps 1 --seed 1 --no-prompt-cache "
+        f"-o {Path.cwd()}/x.png --json {stderr}"
+    )
+
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["images"][0]["seed"] == 1
+    assert images.read_image(Path("x.png")).size == (64, 64)
+
+
+def test_closed_descriptors_are_not_given_to_files() -> None:
+    script = (
+        "import os; os.close(2); os.close(0); from l2p_lowvram.console import open_standard_descriptors\n"
+        "open_standard_descriptors(); print(os.open('Makefile', os.O_RDONLY) > 2)"
+    )
+
+    assert python("-c", script).stdout == "True\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "plan", "profile", "quantize", "dequantize", "inspect", "selftest"])
+def test_help_is_for_every_terminal(command: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args([command, "--help"])
+    (commands,) = [a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    assert commands.choices[command].format_help().isascii()
+
+
 def test_a_file_name_in_bytes_is_printed_as_those_bytes() -> None:
-    script = "from l2p_lowvram.stdout import print_line; print_line('caf\\udce9.png')"
+    script = "from l2p_lowvram.console import print_line; print_line('caf\\udce9.png')"
 
     done = subprocess.run([sys.executable, "-X", "utf8", "-c", script], capture_output=True, cwd=ROOT, check=True)
 

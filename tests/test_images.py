@@ -1,5 +1,6 @@
 """Pixels to pictures and back, and files that appear complete or not at all."""
 
+import io
 import os
 import struct
 import zlib
@@ -303,3 +304,20 @@ def test_a_picture_has_the_mode_any_new_file_has(tmp_path: Path) -> None:
     images.save_image(gradient(), tmp_path / "a.png")
 
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("damage", [(b"Exif\0\0MM", b"Exif\0\0XX"), (b"Exif\0\0MM", b"Exif\0\0MX")])
+def test_exif_that_cannot_be_read_is_left_alone(tmp_path: Path, damage: tuple[bytes, bytes]) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif.endian = ">"
+    stream = io.BytesIO()
+    Image.new("RGB", (128, 64), "red").save(stream, "JPEG", exif=exif.tobytes())
+    assert damage[0] in stream.getvalue()
+    (tmp_path / "x.jpg").write_bytes(stream.getvalue().replace(*damage))
+
+    image = images.read_image(tmp_path / "x.jpg")
+
+    assert image.size == (128, 64)
+    assert images.upright(image).size == (128, 64)
+    assert images.from_pil(image, 128, 64).shape == (1, 3, 64, 128)

@@ -219,6 +219,14 @@ def test_fewer_slots_than_wished_are_noted() -> None:
     assert plan.notes == ("a ring for 2 instead of 3 blocks, for want of device memory",)
 
 
+def test_more_slots_than_blocks_change_nothing() -> None:
+    rates, budget = Rates(disk=1.5e9), Budget(device=8 * LAYER)
+
+    plan = plan_residency(layers(6), rates, budget, slots=10**9)
+
+    assert plan == plan_residency(layers(6), rates, budget, slots=6)
+
+
 def test_a_plan_is_frozen() -> None:
     plan = plan_residency(layers(3), RATES, Budget(device=4 * GIB, host=GIB))
 
