@@ -6,6 +6,7 @@
     3     the model produced NaN or infinity
     4     out of memory
     5     more memory was held than the budget allows (`generate --strict-budget`)
+    129   the terminal was closed (SIGHUP)
     130   Ctrl-C
     143   asked to end (SIGTERM)
 
@@ -37,7 +38,7 @@ MODEL_VARIABLE, CACHE_VARIABLE = "L2P_MODEL", "L2P_CACHE_DIR"
 
 EXIT_CODES = """\
 exit codes: 0 done; 2 bad option, file, size or budget; 3 NaN or infinity in the sample; 4 out of memory;
-            5 budget broken (--strict-budget); 130 Ctrl-C"""
+            5 budget broken (--strict-budget); 130 Ctrl-C, 129 and 143 other signals"""
 
 GENERATE_EPILOG = f"""\
 examples:
@@ -170,13 +171,13 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 
 def profile_command(arguments: argparse.Namespace) -> int:
-    from .paths import are_same_file
+    from .paths import belongs_to, expanded
     from .profiles import as_json, as_text, measure_here
 
     with user_input():
         output = None if arguments.output is None else Path(arguments.output)
-        if output is not None and arguments.model is not None and are_same_file(output, Path(arguments.model)):
-            raise InputError(f"{output}: is the --model that is to be measured; name another file")
+        if output is not None and arguments.model is not None and belongs_to(output, expanded(arguments.model)):
+            raise InputError(f"{output}: belongs to the --model that is to be measured; name another file")
         profile = measure_here(arguments.device, arguments.dtype, arguments.model)
         if output is not None:
             from .whole_file import whole_file

@@ -95,8 +95,9 @@ def _compared(source: ReadableLayout, written: ReadableLayout, name: str) -> Lay
         return None
     found = _layer_error(name.removesuffix(".weight"), source, after)
     assert after.quantization is not None
-    # FP8 layers are kept as they were, never made.
-    limit = _HALF_STEP if after.quantization.dtype == "I8" else 0.0
+    before = source.linear(name)
+    kept = before is not None and before.quantization == after.quantization
+    limit = 0.0 if kept else _HALF_STEP
     if not (math.isfinite(found.relative_l2) and found.max_steps <= limit):
         reason = f"{found.layer} is off by {found.max_steps:.3g} steps where rounding explains {limit:.1f}"
         raise CheckpointError(written.path, f"{reason}; it was not written as computed")

@@ -7,6 +7,7 @@ where it is known to be, unless it was seen to be slower.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def _fastest(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, s
     if not found:
         return _Measured(None, 0.0, ", ".join(failures))
     best = min(found, key=lambda name: found[name])
-    return _Measured(best, plain / found[best])
+    return _Measured(best, plain / max(found[best], 1e-9))
 
 
 def _layer_and_input(size: LayerSize, device: torch.device, dtype: torch.dtype) -> tuple[Linear, Tensor]:
@@ -191,10 +192,10 @@ def check_kernel(kernel: Int8Matmul, weight: Tensor) -> str | None:
 
 
 def layer_seconds(layer: Linear, x: Tensor, matmul: Int8Matmul | None) -> float:
-    """Of one run of `layer` on x with a kernel, or dequantised. On a CPU of its processors: other programs make the
-    clock say anything, but take nothing from those."""
+    """Of one run of `layer` on x with a kernel, or dequantised. On a CPU of its processors, where that is told finely:
+    other programs make the clock say anything, but take nothing from those."""
     layer.int8_matmul = matmul
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or sys.platform == "win32":  # which tells it in sixty-fourths of a second
         return run_seconds(lambda: layer(x), x.device)
     started = time.process_time()
     layer(x)

@@ -86,6 +86,9 @@ def open_standard_descriptors() -> None:
 def _silence(stream: TextIO) -> None:
     # The descriptor, not the object: Python flushes once more as it ends, and must not fail then.
     with suppress(OSError, ValueError):
+        target = stream.fileno()  # first: an object that is closed has none
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        try:
+            os.dup2(nowhere, target)
+        finally:
+            os.close(nowhere)

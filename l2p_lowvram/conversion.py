@@ -46,6 +46,7 @@ from .layout import ModelLayout, read_layout
 from .linear import expand_scale
 from .markers import QUANTIZATION_METADATA
 from .naming import SCALE
+from .paths import destination
 from .quantization import Scheme, absmax, quantize_tensor, tensor_scale
 from .repository import header_sha256
 from .safetensors_writer import TensorEntry, file_bytes, write_safetensors
@@ -123,8 +124,8 @@ class RowReader:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def whole(self, source: TensorSource) -> Tensor:
-        """A small parameter: a scale."""
-        return read_source(self._checkpoint, source)
+        """A small parameter: a scale. A copy, since a view keeps the file mapped, which not all systems then delete."""
+        return read_source(self._checkpoint, source).clone()
 
     def _part_rows(self, part: Part, start: int, stop: int) -> Tensor:
         info = part.tensor
@@ -429,7 +430,7 @@ class Rewriting:
         if os.path.lexists(path) and not overwrite:
             raise ValueError(f"{path}: already exists; name another file or give --overwrite")
         require_replaceable(path)
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(destination(path).parent).free
         if free < self.nbytes:
             has = f"{format_bytes(free)} free"
             raise ValueError(f"{path}: needs {format_bytes(self.nbytes)} but its disk has {has}; name another place")
@@ -503,6 +504,11 @@ class Rewriting:
         self.close()
 
 
-def read_any_layout(checkpoint: Checkpoint, *, text_encoder: bool) -> ModelLayout | EncoderLayout:
-    """Raises CheckpointError."""
-    return read_encoder_layout(checkpoint, whole=True) if text_encoder else read_layout(checkpoint)
+def read_any_layout(
+    checkpoint: Checkpoint, *, text_encoder: bool, like: Layout | None = None
+) -> ModelLayout | EncoderLayout:
+    """like: a layout whose configuration counts, rather than what lies beside the file. Raises CheckpointError."""
+    if not text_encoder:
+        return read_layout(checkpoint)
+    config = like.config if isinstance(like, EncoderLayout) else None
+    return read_encoder_layout(checkpoint, whole=True, config=config)

@@ -64,15 +64,18 @@ class EncoderLayout:
         return {name: total_bytes(sources) for name, sources in self.blocks.items()}
 
 
-def read_encoder_layout(checkpoint: Checkpoint, *, whole: bool = False) -> EncoderLayout:
-    """Find a Qwen3-shaped encoder in an open checkpoint; `config.json` beside it is used where it exists.
+def read_encoder_layout(
+    checkpoint: Checkpoint, *, whole: bool = False, config: TextEncoderConfig | None = None
+) -> EncoderLayout:
+    """Find a Qwen3-shaped encoder in an open checkpoint; without a `config` the `config.json` beside it is used where
+    it exists.
 
     whole: also what the features do not need, for whoever rewrites the file.
     Raises CheckpointError naming the tensor and the reason for anything else.
     """
     path = checkpoint.files[0]
     tensors, markers = _collect(checkpoint, path)
-    config = _read_config(path, tensors)
+    config = _read_config(path, tensors) if config is None else config
     used = _with_last_layer(config, tensors) if whole else config
     with torch.device("meta"):
         model = TextEncoder(used)

@@ -310,7 +310,7 @@ def _save(run: Run, settings: metadata.RunSettings, picture: Picture, image: Ima
     for path in _names_beside(picture.path):
         try:
             images.save_image(image, path, text=text, overwrite=options.overwrite, quality=quality)
-        except FileExistsError:
+        except (FileExistsError, IsADirectoryError):
             continue
         except OSError as error:  # the disk is full
             raise InputError(describe_os_error(error)) from error

@@ -97,7 +97,8 @@ class Report:
 def inspect_model(path: str | os.PathLike[str]) -> Report:
     """Look at a safetensors file, a sharded set or a model folder; reads headers and markers only.
 
-    Also says why a file is refused, and recognises text encoders. Raises nothing for bad files.
+    Also says why a file is refused, and recognises text encoders. Raises nothing for bad files, FileNotFoundError for
+    the folder of a user there is not.
     """
     try:
         checkpoint = Checkpoint.open(expanded(path))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import images
-from .paths import are_same_file, expanded, same_file_key
+from .paths import belongs_to, destination, expanded, same_file_key
 from .user_input import InputError, user_input
 from .whole_file import require_replaceable
 
@@ -47,6 +47,10 @@ class Preview:
 
     def file(self, seed: int, step: int) -> Path:
         return self.path / f"{seed}_step_{step + 1:03d}.png" if self.is_folder else self.path
+
+    def would_write(self, path: Path, seed: int) -> bool:
+        """Whether `path` is in the folder, with the name of a preview of that seed."""
+        return path.name.startswith(f"{seed}_step_") and same_file_key(path.parent) == same_file_key(self.path)
 
     def present(self, seed: int) -> Path | None:
         """A preview of that seed that is in the folder already."""
@@ -110,11 +114,16 @@ def inputs(options: argparse.Namespace, model: str) -> dict[str, Path]:
     return {option: expanded(path) for option, path in named.items() if path is not None}
 
 
+# What `--output` names may be what `--image` names: a picture is redrawn in its place, if `--overwrite` is given.
 def _check_apart(
     pictures: Sequence[Picture], preview: Preview | None, report: Path | None, read: Mapping[str, Path]
 ) -> None:
     """Raise InputError where one file would be written twice, or written while it is read."""
     written = {same_file_key(picture.path): "--output" for picture in pictures}
+    if preview is not None and preview.is_folder:
+        for file in [*(picture.path for picture in pictures), *([] if report is None else [report])]:
+            if any(preview.would_write(file, picture.seed) for picture in pictures):
+                raise InputError(f"{file}: is a name that --preview {preview.path} gives; give another")
     preview_file = None if preview is None or preview.is_folder else preview.path
     for option, path in (("--preview", preview_file), ("--report", report)):
         if path is None:
@@ -123,8 +132,8 @@ def _check_apart(
         if other != option:
             raise InputError(f"{path}: is named by both {option} and {other}")
         for name, source in read.items():
-            if are_same_file(path, source):
-                raise InputError(f"{option} {path}: is what {name} names; give another name")
+            if belongs_to(path, source):
+                raise InputError(f"{option} {path}: is read, as {name} says; give another name")
 
 
 def _check_combinations(options: argparse.Namespace) -> None:
@@ -217,8 +226,9 @@ def _check_free(path: Path, option: str, *, overwrite: bool) -> None:
     named = str(path) if option == "--output" else f"{option} {path}"
     if not path.parent.is_dir():
         raise InputError(f"{named}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{named}: the folder {path.parent} is not writable")
+    folder = destination(path).parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{named}: the folder {folder} is not writable")
     if not overwrite and os.path.lexists(path):
         another = option if option == "--output" else "name"
         raise InputError(f"{named}: exists already; give --overwrite or another {another}")

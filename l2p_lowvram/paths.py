@@ -6,6 +6,8 @@ import errno
 import os
 from pathlib import Path
 
+from offload.checkpoint import INDEX_SUFFIX
+
 
 def expanded(path: str | os.PathLike[str]) -> Path:
     """With ~ filled in. Raises FileNotFoundError for a user there is not."""
@@ -15,11 +17,22 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(errno.ENOENT, "there is no such user", str(path)) from error
 
 
+def destination(path: Path) -> Path:
+    """Where a file of that name lies: what a link leads to. A link that leads round in circles is itself."""
+    # Not Path.resolve, which raises for those on some Pythons.
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def same_file_key(path: Path) -> str:
     """Equal for two names of one place, whether there is a file yet or not."""
-    return os.path.normcase(path.parent.resolve() / path.name)
+    return os.path.normcase(os.path.realpath(path))
 
 
-def are_same_file(path: Path, other: Path) -> bool:
-    """Whether both are there and the same file, by whatever names."""
-    return path.exists() and other.exists() and path.samefile(other)
+def belongs_to(path: Path, source: Path) -> bool:
+    """Whether `path` is `source`, or lies in it, a folder that is read, or beside it, an index that names files."""
+    if not path.exists():
+        return False
+    place, read = Path(same_file_key(path)), Path(same_file_key(source))
+    if read.name.endswith(INDEX_SUFFIX):
+        return place.parent == read.parent and place.name.endswith((".safetensors", INDEX_SUFFIX))
+    return place == read or (read.is_dir() and read in place.parents)

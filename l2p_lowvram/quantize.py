@@ -183,7 +183,8 @@ def _verified(rewriting: Rewriting, written: Path, target: Path, *, quiet: bool)
     source = ReadableLayout(rewriting.layout, rewriting.reader)
     try:
         with Checkpoint.open(written) as checkpoint, Reader(checkpoint) as reader:
-            layout = read_any_layout(checkpoint, text_encoder=rewriting.is_text_encoder)
+            # What lies beside it yet is not its configuration.
+            layout = read_any_layout(checkpoint, text_encoder=rewriting.is_text_encoder, like=rewriting.layout)
             size = sum(source.nbytes for source in layout.sources.values())
             with byte_bar(f"verify {target.name}", size, quiet=quiet) as told:
                 return layer_errors(source, ReadableLayout(layout, RowReader(checkpoint, reader)), told)

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from .paths import destination
+
 
 @contextmanager
 def whole_file(
@@ -25,7 +27,7 @@ def whole_file(
     What `overwrite` replaces is a regular file, or what a link leads to; for anything else FileExistsError.
     """
     require_replaceable(path)
-    asked, path = path, path.resolve() if path.is_symlink() and overwrite else path
+    asked, path = path, destination(path) if overwrite else path
     hidden = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         # Not tempfile: that makes files only their owner can read.
@@ -53,6 +55,8 @@ def whole_file(
 
 def require_replaceable(path: Path) -> None:
     """Raise OSError where there is something other than a file at `path`: a folder, a device, a pipe."""
+    if destination(path).is_symlink():
+        raise FileExistsError(errno.EEXIST, "is a link that leads round in circles", str(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; name a file in it", str(path))
     if path.exists() and not path.is_file():

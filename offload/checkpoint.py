@@ -203,16 +203,15 @@ def _open_set(index: Path) -> list[_Part]:
         raise CheckpointError(index, f"lacks {len(missing)} of {len(shards)} shards, first is {missing[0]}")
     if len(shards) > MAX_SHARDS:
         raise CheckpointError(index, f"index names {len(shards)} shards, the limit is {MAX_SHARDS}")
+    listed: dict[str, list[str]] = {name: [] for name in shards}
+    for tensor, shard in weight_map.items():
+        listed[shard].append(tensor)
     parts: list[_Part] = []
     homes: dict[str, str] = {}
     for path in shards.values():
         parts.append(_open_file(path))
         # At once: what a set may list in all is bounded by the index, however many shards it names.
-        _check_part(index, weight_map, parts[-1], homes)
-    absent = [name for name, shard in weight_map.items() if homes.get(name) != shard]
-    if absent:
-        place = f"{shown(absent[0])}, which is not in {weight_map[absent[0]]}"
-        raise CheckpointError(index, f"index lists {len(absent)} absent tensors, first is {place}")
+        _check_part(index, weight_map, parts[-1], homes, listed[path.name])
     return parts
 
 
@@ -245,9 +244,11 @@ def _is_plain_name(name: str) -> bool:
     return name.isprintable() and name not in {"", ".", ".."} and not any(char in name for char in "/\\:")
 
 
-def _check_part(index: Path, weight_map: Mapping[str, str], part: _Part, homes: dict[str, str]) -> None:
-    """Require that the index lists a shard's tensors, none of which is in another; adds them to `homes`, tensor name →
-    shard file name. Raises CheckpointError."""
+def _check_part(
+    index: Path, weight_map: Mapping[str, str], part: _Part, homes: dict[str, str], listed: Sequence[str]
+) -> None:
+    """Require that a shard has the tensors `listed` for it, and none that the index does not list or that another shard
+    has; adds them to `homes`, tensor name → shard file name. Raises CheckpointError."""
     extra = [info.name for info in part.header.tensors if info.name not in weight_map]
     if extra:
         place = f"{shown(extra[0])} in {part.path.name}"
@@ -257,3 +258,7 @@ def _check_part(index: Path, weight_map: Mapping[str, str], part: _Part, homes: 
             both = f"{homes[info.name]} and in {part.path.name}"
             raise CheckpointError(index, f"tensor {shown(info.name)} is in {both}; it must be in one")
         homes[info.name] = part.path.name
+    absent = [name for name in listed if homes.get(name) != part.path.name]
+    if absent:
+        place = f"{shown(absent[0])}, which is not in {part.path.name}"
+        raise CheckpointError(index, f"index lists {len(absent)} absent tensors, first is {place}")

@@ -562,12 +562,16 @@ def test_many_names_for_one_shard_are_refused_at_the_second(tmp_path: Path, monk
     names = [f"{number:03}.safetensors" for number in range(50)]
     for name in names:
         (tmp_path / name).hardlink_to(blob)
-    index = write_index(tmp_path, {"x": names[0], **{f"y{number}": name for number, name in enumerate(names)}})
+    index = write_index(tmp_path, {"x": names[0], **{f"y{number}": name for number, name in enumerate(names[1:])}})
 
     with pytest.raises(CheckpointError, match=r"tensor 'x' is in 000\.safetensors and in 001\.safetensors"):
         Checkpoint.open(index)
 
     assert opened == names[:2]
+    opened.clear()
+    with pytest.raises(CheckpointError, match=r"first is 'y', which is not in 000\.safetensors"):
+        Checkpoint.open(write_index(tmp_path, {"x": names[0], "y": names[0], "z": names[1]}))
+    assert opened == names[:1]
 
 
 def test_an_index_of_more_shards_than_any_model_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -668,7 +672,7 @@ def point_at_pickle(folder: Path) -> None:
         (lose_shard, "lacks 1 of 2 shards, first is b.safetensors"),
         (truncate_shard, "b.safetensors: tensor 'y' ends at byte 4 but the data section has 3"),
         (list_absent_tensor, "index lists 1 absent tensors, first is 'z', which is not in b.safetensors"),
-        (swap_shards, "index lists 2 absent tensors, first is 'x', which is not in b.safetensors"),
+        (swap_shards, "index lists 1 absent tensors, first is 'y', which is not in a.safetensors"),
         (leave_out_tensor, "index lacks 1 tensors of its shards, first is 'extra' in b.safetensors"),
         (repeat_tensor, "tensor 'x' is in a.safetensors and in b.safetensors; it must be in one"),
         (point_at_pickle, "pytorch_model.bin: refused: a pickle can run code"),

@@ -860,9 +860,19 @@ def test_previews_replace_nothing_that_was_there_before(capsys: pytest.CaptureFi
     [
         (["--report", "l2p_1.png"], "l2p_1.png: is named by both --report and --output"),
         (["--report", "p.png", "--preview", "p.png"], "p.png: is named by both --report and --preview"),
-        (["--report", "given.png"], "--report given.png: is what --image names; give another name"),
-        (["--preview", "link.png"], "--preview link.png: is what --image names; give another name"),
-        (["--report", "model.safetensors"], "--report model.safetensors: is what --model names; give another name"),
+        (["--report", "given.png"], "--report given.png: is read, as --image says; give another name"),
+        (["--preview", "link.png"], "--preview link.png: is read, as --image says; give another name"),
+        (["--report", "model.safetensors"], "--report model.safetensors: is read, as --model says; give another name"),
+        (
+            ["-m", "folder", "--report", "folder/x.json"],
+            "--report folder/x.json: is read, as --model says; give another name",
+        ),
+        (["--report", "to_output.json"], "to_output.json: is named by both --report and --output"),
+        (
+            ["--preview", "p", "-o", "p/1_step_001.png"],
+            "p/1_step_001.png: is a name that --preview p gives; give another",
+        ),
+        (["-o", "loop.png"], "loop.png: is a link that leads round in circles"),
     ],
 )
 def test_nothing_is_written_over_what_is_read_or_written(
@@ -871,8 +881,13 @@ def test_nothing_is_written_over_what_is_read_or_written(
     Image.new("RGB", (48, 32)).save("given.png")
     Path("link.png").symlink_to("given.png")
     Path("model.safetensors").write_text("weights")
+    Path("folder").mkdir()
+    Path("folder/x.json").write_text("read")
+    Path("p").mkdir()
+    Path("to_output.json").symlink_to("l2p_1.png")
+    Path("loop.png").symlink_to("loop.png")
 
-    assert refused(capsys, "--seed", "1", "-i", "given.png", "--overwrite", *arguments) == message
+    assert refused(capsys, "--seed", "1", "-i", "given.png", "--overwrite", *arguments).startswith(message)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
@@ -903,7 +918,7 @@ def test_a_name_that_is_taken_meanwhile_costs_no_picture(
 
     def take_the_name(self: FakePipeline, **options: Any) -> types.SimpleNamespace:
         Path("x.png").write_text("another's")
-        Path("x-1.png").write_text("another's")
+        Path("x-1.png").mkdir()
         return draw(self, **options)
 
     monkeypatch.setattr(pipeline, "__call__", take_the_name)
@@ -1011,7 +1026,7 @@ def test_the_model_that_is_measured_is_not_replaced_by_its_profile(capsys: pytes
 
     assert main(["profile", "-m", "m.safetensors", "-o", "m.safetensors", "--overwrite"]) == 2
 
-    assert "m.safetensors: is the --model that is to be measured" in capsys.readouterr().err
+    assert "m.safetensors: belongs to the --model that is to be measured" in capsys.readouterr().err
     assert Path("m.safetensors").read_text() == "weights"
 
 

@@ -279,6 +279,7 @@ def test_a_mapping_lets_go_of_what_is_no_longer_wanted(tmp_path: Path, monkeypat
     assert held < 32 << 20
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
 def test_advice_that_is_refused_fails_no_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -292,6 +293,7 @@ def test_advice_that_is_refused_fails_no_read(path: Path, monkeypatch: pytest.Mo
     assert buffer.numpy().tobytes() == path.read_bytes()[10:5010]
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
 def test_many_small_ranges_are_dropped_in_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not all of them are gone through for each one."""
     advised: list[tuple[int, int]] = []
@@ -315,6 +317,7 @@ def test_dropped_ranges_read_the_same_again(path: Path) -> None:
         assert reader.read_bytes == 2 * SIZE
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
 def test_ranges_are_dropped_many_at_a_time_and_none_is_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, offset, nbytes, advice: advised.append((offset, nbytes)))

@@ -304,6 +304,17 @@ def test_the_configuration_of_another_encoder_is_not_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_verify_of_a_text_encoder_asks_no_other_files_configuration(tmp_path: Path) -> None:
+    """What lies in the folder belongs to what is to be overwritten."""
+    source = DEMO_FOLDER / "text_encoder"
+    (tmp_path / "te").mkdir()
+    other = json.loads((source / "config.json").read_text()) | {"hidden_size": 77}
+    (tmp_path / "te" / "config.json").write_text(json.dumps(other))
+
+    assert run("quantize", source, tmp_path / "te", "--text-encoder", "--verify", "--overwrite", "-q") == 0
+    assert (tmp_path / "te" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
 # -- verify
 
 
@@ -325,7 +336,9 @@ def test_verify_reports_every_layer(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [line.split()[0] for line in table] == ["layer", *layers, "largest", str(target)]
 
 
-@pytest.mark.parametrize("name", ["layers.0.attention.qkv.weight", "layers.1.ffn_norm1.weight"])
+@pytest.mark.parametrize(
+    "name", ["layers.0.attention.qkv.weight", "layers.0.attention.qkv.weight_scale", "layers.1.ffn_norm1.weight"]
+)
 @pytest.mark.parametrize("first", ["", "row"])
 @pytest.mark.parametrize("scheme", ["row", "tensor", "convrot64"])
 def test_verify_sees_a_single_wrong_value(tmp_path: Path, scheme: str, first: str, name: str) -> None:
@@ -336,8 +349,11 @@ def test_verify_sees_a_single_wrong_value(tmp_path: Path, scheme: str, first: st
         source = tmp_path / "first.safetensors"
     assert run("quantize", source, target, "--scheme", scheme, "-q", "--verify") == 0
     tensors = load_file(target)
-    value = tensors[PREFIX + name].view(-1)[7]
-    value += -1 if value == 127 else 1
+    if name.endswith(".weight_scale"):
+        tensors[PREFIX + name] *= 1.0035
+    else:
+        value = tensors[PREFIX + name].view(-1)[7]
+        value += -1 if value == 127 else 1
     with safe_open(target, "pt") as file:
         metadata = file.metadata()
     save_file(tensors, target, metadata)
@@ -347,7 +363,7 @@ def test_verify_sees_a_single_wrong_value(tmp_path: Path, scheme: str, first: st
         Checkpoint.open(target) as other,
         Reader(one) as first,
         Reader(other) as second,
-        pytest.raises(CheckpointError, match=name.removesuffix(".weight")),
+        pytest.raises(CheckpointError, match=name.removesuffix("_scale").removesuffix(".weight")),
     ):
         layer_errors(
             ReadableLayout(read_any_layout(one, text_encoder=False), RowReader(one, first)),
