@@ -12,6 +12,8 @@ from typing import Any
 
 # Fixed by the architecture, the same in every published checkpoint.
 IMAGE_CHANNELS = 3
+# How far img2img departs from its picture where nobody says.
+DEFAULT_STRENGTH = 0.6
 TOKEN_MULTIPLE = 32  # both token streams are padded to a multiple of this
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoid
 TIMESTEP_SCALE = 1000.0

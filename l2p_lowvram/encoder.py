@@ -187,9 +187,12 @@ def _config_from_json(path: Path, values: Mapping[str, Any], shapes: dict[str, A
             raise CheckpointError(path, f"{name} is {said!r:.40} but the tensors say {seen}")
         if name == "num_hidden_layers" and said == seen + 1:
             shapes[name] = seen + 1
-    for name, supported in (("hidden_act", "silu"), ("rope_scaling", None), ("attention_bias", False)):
+    for name, supported in (("hidden_act", "silu"), ("attention_bias", False)):
         if values.get(name, supported) != supported:
             raise CheckpointError(path, f"{name} is {values[name]!r:.40}; only {supported!r} is supported")
+    for name in ("rope_scaling", "rope_parameters"):  # as transformers wrote it up to 4, and since
+        if not _is_plain_rope(values.get(name)):
+            raise CheckpointError(path, f"{name} is {values[name]!r:.60}; only plain RoPE is supported")
     rope = values.get("rope_parameters")
     theta = values.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)
     for name, value in (("rms_norm_eps", values.get("rms_norm_eps")), ("rope_theta", theta)):
@@ -202,6 +205,12 @@ def _config_from_json(path: Path, values: Mapping[str, Any], shapes: dict[str, A
         return TextEncoderConfig(**shapes)
     except ValueError as error:
         raise CheckpointError(path, str(error)) from None
+
+
+def _is_plain_rope(said: object) -> bool:
+    if said is None:
+        return True
+    return isinstance(said, dict) and said.get("rope_type", said.get("type", "default")) == "default"
 
 
 def config_json(config: TextEncoderConfig) -> str:

@@ -288,7 +288,7 @@ def _draw(
             sigmas=settings.sigmas,
             seed=picture.seed,
             image=order.image,
-            strength=order.strength,
+            strength=None if order.image is None or settings.sigmas else order.strength,
             prompt_embeds=positive,
             negative_prompt_embeds=negative,
             callback_on_step_end=step_end,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from .whole_file import whole_file
@@ -46,6 +46,16 @@ FORMATS: Mapping[str, ImageFormat] = MappingProxyType(
         ".webp": ImageFormat("WEBP", 16_383, lossy=True),
     }
 )
+# By EXIF's orientation; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
@@ -137,7 +147,9 @@ def save_image(
     """
     chosen = image_format(path)
     check_side(path, *image.size)
-    options = _png_options(text or {}) if chosen.name == "PNG" else _exif_options(text or {}, quality)
+    # A picture is worth more than its note: names of files need not be text.
+    text = {name: value.encode("utf-8", "replace").decode() for name, value in (text or {}).items()}
+    options = _png_options(text) if chosen.name == "PNG" else _exif_options(text, quality)
     if chosen.name == "JPEG":
         options["subsampling"] = 0  # full colour resolution: thin coloured outlines stay sharp
     with whole_file(path, overwrite=overwrite) as file:
@@ -147,10 +159,12 @@ def save_image(
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says, if that can be read, and without it."""
     try:
-        image = ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, EOFError, struct.error):  # damaged; the picture itself is not
-        image = image.copy()
-    image.info.pop("exif", None)
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever Pillow's reader thinks of damaged EXIF; the picture itself is not damaged
+        turn = None
+    image = image.copy() if turn is None else image.transpose(turn)
+    for note in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+        image.info.pop(note, None)
     return image
 
 

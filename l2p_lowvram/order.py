@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import images
+from .config import DEFAULT_STRENGTH
 from .paths import belongs_to, destination, expanded, same_file_key
 from .user_input import InputError, user_input
 from .whole_file import require_replaceable
@@ -20,7 +21,6 @@ from .whole_file import require_replaceable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT_STRENGTH = 0.6
 # The encoder reads 512 tokens; a longer text than this is the wrong file.
 MAX_PROMPT_BYTES = 65_536
 MAX_SEED = 2**63 - 1

@@ -25,7 +25,7 @@ from offload import parse_bytes
 
 from . import images, sampling
 from .compute import DEQUANTISED, INT8, Compute, LayerSize, choose_compute, without_int8
-from .config import IMAGE_CHANNELS, ModelConfig
+from .config import DEFAULT_STRENGTH, IMAGE_CHANNELS, ModelConfig
 from .devices import choose_device, choose_dtype, full_fp32, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
 from .model import Caption, L2PTransformer, Room, State, padded_length
@@ -36,6 +36,7 @@ from .model_weights import (
     ResidentWeights,
     TransformerWeights,
 )
+from .paths import expanded
 from .prompt_cache import PromptCache
 from .prompts import PromptEncoder
 from .report import PhaseFigures, phase_figures
@@ -75,7 +76,6 @@ class _Job:
     """A checked request: everything the denoising loop needs."""
 
     work: PictureWork
-    pixels: Tensor  # (B, 3, H, W) fp32 in host memory, the start
     sigmas: Tensor  # (steps + 1,) fp32, the last 0
     positive: list[Caption]
     negative: list[Caption] | None
@@ -158,7 +158,8 @@ class L2PPipeline:
         vram, ram, pin: budgets in bytes or as text ("6GiB"), by default from what is free. vram bounds device
             memory: weights, activations and the device's own share. ram bounds host memory: pinned,
             anonymous, and what is kept cached; on the CPU it bounds everything, and vram is refused.
-            pin bounds what is page-locked. The same seed gives the same bits under every budget.
+            pin bounds what is page-locked. The same seed gives the same bits under every budget that allows
+            the same slices (`choose_slices` names them); smaller ones change the last bits.
         io: how weights are read: "read", "direct" (past the page cache), "mmap", or "auto", by a short probe.
         slots: blocks that the ring holds, at least 2; by default 2, or 3 where they come from the disk.
         prompt_cache: keep prompt features on disk: True for the user's cache folder, or a folder.
@@ -210,7 +211,7 @@ class L2PPipeline:
             notes = (*opened.warnings, *warned)
         cache = None
         if prompt_cache is not None and prompt_cache is not False:
-            cache = PromptCache(None if prompt_cache is True else Path(prompt_cache))
+            cache = PromptCache(None if prompt_cache is True else _cache_folder(prompt_cache))
         identity, prompts = dict(opened.identity), None
         if encoder is not None and tokenizer is not None:
             prompts = PromptEncoder(encoder, tokenizer, cache)
@@ -279,13 +280,15 @@ class L2PPipeline:
         return self.encode_prompts([prompt])[0]
 
     @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
+    def encode_prompts(self, prompts: Prompts) -> list[Tensor]:
         """`encode_prompt` of several prompts, for which the encoder's weights are read once."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self.prompt_encoder is None:
             raise ValueError(
                 "this model has no text encoder; give text_encoder= and tokenizer=, or run from prompt_embeds"
             )
-        found = self.prompt_encoder(prompts, self._report("text encoder"))
+        with full_fp32(self.device, self.stream_dtype):
+            found = self.prompt_encoder(prompts, self._report("text encoder"))
         if not all(bool(features.isfinite().all()) for features in found):
             raise NonFiniteError("text encoder", hint="try dtype fp32")
         return [outside_inference_mode(features.to(self.device, self.stream_dtype)) for features in found]
@@ -306,7 +309,7 @@ class L2PPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         image: Image.Image | Tensor | None = None,
-        strength: float = 0.6,
+        strength: float | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: Embeds | None = None,
         negative_prompt_embeds: Embeds | None = None,
@@ -329,7 +332,7 @@ class L2PPipeline:
             generator: a torch generator (or one per picture) instead.
         latents: the initial noise (B, 3, H, W) itself.
         image: start from this picture (PIL, or a tensor (3, H, W) or (1, 3, H, W) in [-1, 1])
-            noised to `strength`; a PIL image of another size is resized.
+            noised to `strength` (default 0.6); a PIL image of another size is resized.
         prompt_embeds, negative_prompt_embeds: (tokens, width), or a list of them, instead of text.
         output_type: "pil", "pt" or "np"; see PipelineOutput.
         callback_on_step_end(pipe, step, sigma, tensors): after each step, with the noise level just
@@ -344,7 +347,10 @@ class L2PPipeline:
         image = _check_image(image)
         count = _count(num_images_per_prompt)
         cfg = self._cfg_scale(cfg_scale, negative_prompt_embeds)
-        schedule = self._schedule(num_inference_steps, shift, sigmas, strength if image is not None else 1.0)
+        if sigmas is not None and strength is not None:
+            raise ValueError("sigmas say everything about the schedule; leave out strength")
+        depart = 1.0 if image is None else DEFAULT_STRENGTH if strength is None else strength
+        schedule = self._schedule(num_inference_steps, shift, sigmas, depart)
         width, height = self._size(width, height, image, latents)
         prompts = _prompt_list(prompt, prompt_embeds)
         negatives = _negative_list(negative_prompt, negative_prompt_embeds, len(prompts)) if cfg != 1 else None
@@ -352,8 +358,7 @@ class L2PPipeline:
         noise, seeds = self._noise((batch, IMAGE_CHANNELS, height, width), seed, generator, latents, noise_device)
         pixels = noise
         if image is not None:
-            picture = self._picture(image, width, height).to(noise.device)
-            pixels = sampling.add_noise(picture, noise, schedule[0])
+            pixels = sampling.add_noise(self._picture(image, width, height), noise, schedule[0])
         _require_finite(pixels, "latents" if latents is not None else "image")
 
         started = time.perf_counter()
@@ -361,21 +366,23 @@ class L2PPipeline:
         encoded = time.perf_counter()
         work = self.work(width, height, batch, cfg, max(item.shape[0] for item in features))
         tiling = self.weights.open(work)
-        captions = self._captions(features)
+        with full_fp32(self.device, self.stream_dtype):
+            captions = self._captions(features)
         self.weights.reserve(work, tiling)
         job = _Job(
             work,
-            pixels.cpu(),
             schedule,
             _repeat(captions[: len(prompts)], count),
             None if negatives is None else _repeat(captions[len(prompts) :], count),
             cfg,
             callback_on_step_end,
         )
+        start = [pixels]
+        del pixels, noise  # at 10K more than a gigabyte each, and in no plan beside the sample
         with full_fp32(self.device, self.stream_dtype):
-            result = self._denoise(job, tiling)
+            result, was_stopped = self._denoise(job, start, tiling)
         seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
-        return PipelineOutput(_as_output(result, output_type), seeds, seconds, self._interrupted)
+        return PipelineOutput(_as_output(result, output_type), seeds, seconds, was_stopped)
 
     def work(self, width: int, height: int, pictures: int, cfg_scale: float, caption_tokens: int) -> PictureWork:
         """What a call computes on, for plans."""
@@ -388,33 +395,35 @@ class L2PPipeline:
         """How a run would be cut and where its blocks would live, in words. Raises BudgetError if it cannot be."""
         return self.weights.told(work)
 
-    def _denoise(self, job: _Job, tiling: Tiling) -> Tensor:
-        """The Euler loop, on pictures in host memory. Returns the last pixels, or the estimate after `interrupt`."""
-        pixels, steps = job.pixels, len(job.sigmas) - 1
+    def _denoise(self, job: _Job, start: list[Tensor], tiling: Tiling) -> tuple[Tensor, bool]:
+        """The Euler loop, on pictures in host memory. Returns the last pixels, or the estimate and True after
+        `interrupt`. start: the sample (B, 3, H, W) in fp32, taken out of the list so that nothing else holds it."""
+        pixels, steps = start.pop(), len(job.sigmas) - 1
         for step in range(steps):
             sigma, next_sigma = job.sigmas[step], job.sigmas[step + 1]
             velocity, tiling = self._guided_velocity(job, pixels, sigma, step, tiling)
-            estimate = sampling.denoised(pixels, velocity, sigma)
+            is_asked = job.callback is not None or self._interrupted
+            estimate = sampling.denoised(pixels, velocity, sigma) if is_asked else None
             pixels = sampling.euler_step(pixels, velocity, sigma, next_sigma)
             del velocity
             if not pixels.isfinite().all():
                 raise NonFiniteError("sampler", step, steps, hint=f"is a cfg_scale of {job.cfg_scale:g} meant?")
-            if job.callback is not None:
+            if job.callback is not None and estimate is not None:
                 pixels = self._call_back(job.callback, step, float(next_sigma), pixels, estimate)
                 if not pixels.isfinite().all():
                     raise NonFiniteError("callback", step, steps)
-            if self._interrupted:
-                return estimate
-        return pixels
+            if self._interrupted and estimate is not None:
+                return estimate, True
+            del estimate
+        return pixels, False
 
     def _call_back(self, callback: StepCallback, step: int, sigma: float, pixels: Tensor, estimate: Tensor) -> Tensor:
         tensors = {"latents": pixels, "denoised": estimate}
         returned = callback(self, step, sigma, tensors)
         replaced = (tensors if returned is None else {**tensors, **returned})["latents"]
-        if replaced.shape != pixels.shape:
-            raise ValueError(
-                f"the callback returned latents of shape {list(replaced.shape)}, expected {list(pixels.shape)}"
-            )
+        if not isinstance(replaced, Tensor) or replaced.shape != pixels.shape:
+            found = f"of shape {list(replaced.shape)}" if isinstance(replaced, Tensor) else type(replaced).__name__
+            raise ValueError(f"the callback returned latents {found}, expected a tensor {list(pixels.shape)}")
         return replaced.to(pixels)
 
     def _guided_velocity(
@@ -543,25 +552,26 @@ class L2PPipeline:
         latents: Tensor | None,
         noise_device: str | torch.device,
     ) -> tuple[Tensor, list[int] | None]:
-        """The initial noise (B, 3, H, W) in fp32, and the pictures' seeds where seeds made it."""
+        """The initial noise (B, 3, H, W) in fp32 in host memory, and the pictures' seeds where seeds made it."""
         if sum(source is not None for source in (seed, generator, latents)) > 1:
             raise ValueError("give one of seed, generator and latents")
         if latents is not None:
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents must have shape {list(shape)} here, got {list(latents.shape)}")
-            return latents.float(), None
+            return latents.float().cpu(), None
         single = (1, *shape[1:])
         if generator is not None:
             if isinstance(generator, torch.Generator):
-                return sampling.make_noise(shape, generator), None
+                return sampling.make_noise(shape, generator).cpu(), None
+            generator = list(generator)
             if len(generator) != shape[0]:
                 raise ValueError(f"{len(generator)} generators for {shape[0]} pictures; give one, or one each")
-            return torch.cat([sampling.make_noise(single, g) for g in generator]), None
+            return torch.cat([sampling.make_noise(single, g).cpu() for g in generator]), None
         first = secrets.randbelow(2**32) if seed is None else _seed(seed)
         seeds = [first + index for index in range(shape[0])]
         place = choose_device(noise_device)
         generators = [torch.Generator(place).manual_seed(value) for value in seeds]
-        return torch.cat([sampling.make_noise(single, g) for g in generators]), seeds
+        return torch.cat([sampling.make_noise(single, g).cpu() for g in generators]), seeds
 
     def _picture(self, image: Image.Image | Tensor, width: int, height: int) -> Tensor:
         """img2img's start (1, 3, H, W) in fp32."""
@@ -663,9 +673,15 @@ def _count(value: int) -> int:
 
 
 def _seed(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
         raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
-    return value
+    return int(value)
+
+
+def _cache_folder(folder: str | os.PathLike[str] | bool) -> Path:
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder):
+        raise ValueError(f"prompt_cache must be True, False or a folder, got {folder!r}")
+    return expanded(folder)
 
 
 def _check_image(image: object) -> Image.Image | Tensor | None:

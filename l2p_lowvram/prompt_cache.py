@@ -23,7 +23,9 @@ from torch import Tensor
 from .whole_file import whole_file
 
 # Part of every key: raise it when features of the same prompt change.
-KEY_VERSION = 1
+KEY_VERSION = 2
+# Of features.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_MAX_BYTES = 256 << 20
 # 512 tokens of width 8192 in fp32, twice what the largest known encoder makes, take 16 MiB.
 MAX_ENTRY_BYTES = 32 << 20
@@ -62,10 +64,11 @@ class PromptCache:
         self.warning: str | None = None
 
     @staticmethod
-    def key(identity: str, rendered_prompt: str, dtype: torch.dtype, device_type: str) -> str:
-        """identity: of the encoder *and* the tokenizer. Device types round differently, hence their place."""
+    def key(identity: str, rendered_prompt: str, dtype: torch.dtype, device: str) -> str:
+        """identity: of the encoder *and* the tokenizer. Devices and releases of torch round differently, hence their
+        place."""
         # A JSON list keeps the parts apart: no two lists have the same text.
-        parts = json.dumps([KEY_VERSION, identity, rendered_prompt, str(dtype), device_type])
+        parts = json.dumps([KEY_VERSION, identity, rendered_prompt, str(dtype), device, torch.__version__])
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def get(self, key: str) -> Tensor | None:
@@ -132,6 +135,6 @@ def _parse(raw: bytes, key: str) -> Tensor | None:
     features = tensors.get(key)
     if len(tensors) != 1 or features is None or features.dim() != 2 or not features.numel():
         return None
-    if not features.is_floating_point() or not bool(features.isfinite().all()):
+    if features.dtype not in _DTYPES or not bool(features.isfinite().all()):
         return None
     return features

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .devices import device_name
 from .prompt_cache import PromptCache
 from .streamed_encoder import StreamedTextEncoder
 from .text import PromptTokenizer, render_prompt
@@ -15,8 +16,8 @@ from .text import PromptTokenizer, render_prompt
 class PromptEncoder:
     """Tokenizer and text encoder together, with an optional cache on disk.
 
-    What is cached depends on the encoder's and tokenizer's identity, the rendered prompt, the dtype
-    and the kind of device, so a hit gives the bits that encoding would have given.
+    What is cached depends on the encoder's and tokenizer's identity, the rendered prompt, the dtype, torch's release
+    and the device's name, so a hit gives the bits that encoding would have given.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class PromptEncoder:
             f"{self.encoder.identity()} {self.tokenizer.identity}",
             render_prompt(prompt),
             self.encoder.dtype,
-            self.encoder.device.type,
+            device_name(self.encoder.device),
         )
 
     def _cached(self, key: str | None) -> Tensor | None:
