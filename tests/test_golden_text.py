@@ -218,6 +218,33 @@ def test_prompts_share_one_reading_of_the_encoder_and_nothing_stays(tmp_path: Pa
     assert [thread.name for thread in threading.enumerate() if "offload" in thread.name] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}),
+        ("rope_parameters", [1e6]),
+    ],
+)
+def test_scaled_rope_is_refused_in_either_spelling(tmp_path: Path, name: str, said: object):
+    folder = encoder_folder(tmp_path / "text_encoder", goldens.weights("te_a"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: said}))
+
+    with pytest.raises(ValueError, match=rf"{name} is .*; only plain RoPE is supported"):
+        open_encoder(folder)
+
+
+def test_plain_rope_may_be_named(tmp_path: Path):
+    folder = encoder_folder(tmp_path / "text_encoder", goldens.weights("te_a"))
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_type"] = "default"
+    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": {"rope_type": "default"}}))
+
+    check_features(open_encoder(folder))
+
+
 def test_encoder_folder_of_another_model_is_refused(tmp_path: Path):
     folder = encoder_folder(tmp_path / "text_encoder", goldens.weights("te_a"))
     config = json.loads((folder / "config.json").read_text())

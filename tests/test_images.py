@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from l2p_lowvram import images, whole_file
 
@@ -306,6 +306,25 @@ def test_a_picture_has_the_mode_any_new_file_has(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_is_turned_like_pillow_turns_it(orientation: int) -> None:
+    image = gradient().convert("RGB")
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    expected = ImageOps.exif_transpose(image)
+
+    turned = images.upright(image)
+
+    assert np.array_equal(np.asarray(turned), np.asarray(expected))
+    assert np.array_equal(np.asarray(images.upright(turned)), np.asarray(expected))  # once
+
+
+def test_a_file_name_that_is_no_text_costs_no_picture(tmp_path: Path) -> None:
+    for name in ("x.png", "x.jpg", "x.webp"):
+        images.save_image(gradient().convert("RGB"), tmp_path / name, text={"parameters": "Model: caf\udce9"})
+
+        assert images.read_image(tmp_path / name).size == gradient().size
+
+
 @pytest.mark.parametrize("damage", [(b"Exif\0\0MM", b"Exif\0\0XX"), (b"Exif\0\0MM", b"Exif\0\0MX")])
 def test_exif_that_cannot_be_read_is_left_alone(tmp_path: Path, damage: tuple[bytes, bytes]) -> None:
     exif = Image.Exif()
@@ -319,5 +338,6 @@ def test_exif_that_cannot_be_read_is_left_alone(tmp_path: Path, damage: tuple[by
     image = images.read_image(tmp_path / "x.jpg")
 
     assert image.size == (128, 64)
+    assert "exif" not in image.info
     assert images.upright(image).size == (128, 64)
     assert images.from_pil(image, 128, 64).shape == (1, 3, 64, 128)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -198,6 +202,109 @@ def test_callback_may_replace_the_sample(pipe, style: str):
     out = pipe(**PROMPT, seed=1, **FAST, callback_on_step_end=replace)
 
     assert torch.equal(out.images, replacement)
+
+
+@pytest.mark.parametrize("returned", [None, [1.0], torch.zeros(1, 3, 32, 32)])
+def test_a_callback_that_returns_no_sample_is_told(pipe, returned):
+    with pytest.raises(ValueError, match=r"the callback returned latents .*, expected a tensor"):
+        pipe(**PROMPT, seed=1, **FAST, callback_on_step_end=lambda *_: {"latents": returned})
+
+
+def test_the_sample_of_a_later_step_is_held_once(pipe, monkeypatch: pytest.MonkeyPatch):
+    """What a step started from, its noise and the estimate nobody asked for are gone by the next one."""
+    alive: list[weakref.ref] = []
+    found: list[int] = []
+    step, noise = sampling.euler_step, sampling.make_noise
+
+    def noted(make, *arguments):
+        made = make(*arguments)
+        alive.append(weakref.ref(made))
+        return made
+
+    def counted(*arguments):
+        gc.collect()
+        found.append(sum(reference() is not None for reference in alive))
+        return noted(step, *arguments)
+
+    monkeypatch.setattr(sampling, "make_noise", lambda *a: noted(noise, *a))
+    monkeypatch.setattr(sampling, "euler_step", counted)
+    monkeypatch.setattr(sampling, "denoised", lambda *_: pytest.fail("nobody asked for the estimate"))
+    picture = torch.zeros(3, 32, 64)
+    pipe(**PROMPT, seed=1, image=picture, strength=1.0, **{**FAST, "num_inference_steps": 4})
+
+    assert found == [0, 1, 1, 1]
+
+
+def test_interrupt_after_the_last_step_leaves_a_whole_picture(pipe, monkeypatch: pytest.MonkeyPatch):
+    step = sampling.euler_step
+
+    def interrupt_last(pixels, velocity, sigma, next_sigma):
+        if next_sigma == 0:
+            pipe.interrupt()
+        return step(pixels, velocity, sigma, next_sigma)
+
+    expected = pipe(**PROMPT, seed=1, **FAST).images
+    monkeypatch.setattr(sampling, "euler_step", interrupt_last)
+    out = pipe(**PROMPT, seed=1, **FAST)
+
+    assert not out.interrupted
+    assert torch.equal(out.images, expected)
+
+
+def test_numbers_of_numpy_are_seeds(pipe):
+    assert torch.equal(pipe(**PROMPT, seed=np.int64(3), **FAST).images, pipe(**PROMPT, seed=3, **FAST).images)
+
+
+def test_sigmas_leave_no_strength(pipe):
+    with pytest.raises(ValueError, match="leave out strength"):
+        pipe(**PROMPT, seed=1, sigmas=[0.5], image=torch.zeros(3, 32, 64), strength=0.5)
+
+
+def test_prompts_may_come_one_by_one():
+    with L2PPipeline.from_pretrained("demo") as demo:
+        one, two = demo.encode_prompts(prompt for prompt in ("a red circle", "a blue square"))
+        (alone,) = demo.encode_prompts("a red circle")
+
+    assert torch.equal(alone, one)
+    assert not torch.equal(one[: len(two)], two[: len(one)])
+
+
+@pytest.mark.parametrize("folder", ["", 3])
+def test_a_prompt_cache_that_is_no_folder_is_refused(folder):
+    with pytest.raises(ValueError, match="prompt_cache must be True, False or a folder"):
+        L2PPipeline.from_pretrained("demo", prompt_cache=folder)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "pass",
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_fp32_on_a_card_is_fp32_whatever_switch_a_program_used(switch: str):
+    """In a process of its own: once the newer switches are used the older ones raise."""
+    script = f"""
+import torch
+from l2p_lowvram.devices import full_fp32
+def state():
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+{switch}
+before = state()
+with full_fp32(torch.device("cuda"), torch.float32):
+    assert state() == ("ieee", "ieee"), state()
+assert state() == before, (before, state())
+with full_fp32(torch.device("cuda"), torch.bfloat16):
+    assert state() == before
+"""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has the older switches alone")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_interrupt_stops_after_the_step_and_returns_its_estimate(pipe):

@@ -49,6 +49,22 @@ def test_views_and_inference_tensors_are_kept_too(cache: PromptCache) -> None:
     assert not found.is_inference()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_entry_of_a_dtype_that_is_never_written_is_removed(cache: PromptCache, dtype: torch.dtype) -> None:
+    cache.folder.mkdir()
+    path = cache.folder / f"{KEY}.safetensors"
+    save_file({KEY: torch.ones(5, 8).to(dtype)}, path)
+
+    assert cache.get(KEY) is None
+    assert not path.exists()
+
+
+def test_features_of_another_release_of_torch_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "99.0")
+
+    assert PromptCache.key("encoder", "a fox", torch.float32, "cpu") != KEY
+
+
 def test_an_unknown_key_is_a_miss_and_makes_no_folder(cache: PromptCache) -> None:
     assert cache.get(KEY) is None
     assert not cache.folder.exists()
