@@ -87,18 +87,24 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
 
 
+_WITH_FLOAT64 = ("cpu", "cuda", "meta")
+
+
 def rope_table(positions: Tensor, axes: Sequence[int], out: Tensor | None = None) -> Tensor:
     """positions (L, 3) -> complex rotations (L, sum(axes) / 2), complex64; in `out` where given.
 
     Channel pair i of an axis of width d turns by position * 256^(-2i/d);
-    frequencies in float64, the angle rounded to fp32 as the reference does.
+    frequencies in float64, the angle rounded to fp32 as the reference does; on the CPU for devices without float64.
     """
+    device = positions.device
+    if device.type not in _WITH_FLOAT64:
+        positions = positions.cpu()
     columns = []
     for axis, width in enumerate(axes):
         exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
         angle = positions[:, axis, None].double() / ROPE_THETA**exponent
         columns.append(angle.float())
-    angles = torch.cat(columns, dim=1)
+    angles = torch.cat(columns, dim=1).to(device)
     return torch.polar(torch.ones_like(angles), angles, out=out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from l2p_lowvram import streamed_encoder
 from l2p_lowvram.streamed_encoder import StreamedTextEncoder
 from l2p_lowvram.streaming import MemoryOptions, Streamer
 from l2p_lowvram.text import MAX_TOKENS, PromptTokenizer, render_prompt
@@ -243,6 +245,21 @@ def test_plain_rope_may_be_named(tmp_path: Path):
     (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": {"rope_type": "default"}}))
 
     check_features(open_encoder(folder))
+
+
+def test_encoders_of_the_same_size_and_time_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Prompts of one are not the other's; unpacking gives files the times of the archive."""
+    monkeypatch.setattr(streamed_encoder, "_HEADER_BYTES", 64)  # what differs lies further on
+    weights = goldens.weights("te_a")
+    identities = []
+    for change in (0.0, 0.0, 1.0):
+        path = tmp_path / "encoder.safetensors"
+        weights["model.layers.1.mlp.down_proj.weight"] = weights["model.layers.1.mlp.down_proj.weight"] + change
+        save_file(weights, path)
+        os.utime(path, ns=(1, 1))
+        identities.append(open_encoder(path).identity())
+
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_encoder_folder_of_another_model_is_refused(tmp_path: Path):

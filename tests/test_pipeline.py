@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from l2p_lowvram import L2PPipeline, NonFiniteError, sampling
+from l2p_lowvram import model as model_module
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.model import TransformerBlock
 from l2p_lowvram.tilings import tilings
@@ -249,6 +250,14 @@ def test_interrupt_after_the_last_step_leaves_a_whole_picture(pipe, monkeypatch:
 
     assert not out.interrupted
     assert torch.equal(out.images, expected)
+
+
+def test_devices_without_float64_turn_by_the_same_angles(monkeypatch: pytest.MonkeyPatch):
+    positions = torch.randint(0, 300, (50, 3), generator=torch.Generator().manual_seed(0)).float()
+    expected = model_module.rope_table(positions, (32, 48, 48))
+    monkeypatch.setattr(model_module, "_WITH_FLOAT64", ())
+
+    assert torch.equal(model_module.rope_table(positions, (32, 48, 48)), expected)
 
 
 def test_numbers_of_numpy_are_seeds(pipe):
