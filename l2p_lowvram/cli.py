@@ -98,6 +98,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. argv: without the program name; None for the process's own. Returns the exit code."""
+    lost_output()  # of an earlier command in this process
     try:
         arguments = build_parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = arguments.command

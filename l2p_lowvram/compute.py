@@ -157,12 +157,12 @@ def _fastest(names: tuple[str, ...], device: torch.device, dtype: torch.dtype, s
                 ways[name] = kernels[name]
             else:
                 failures.append(f"{name} {failure}")
+        if len(ways) == 1:
+            return _Measured(None, 0.0, ", ".join(failures))
         # In turns, so that a disturbance meets all; the first of them warms up.
         rounds = [{way: layer_seconds(layer, x, matmul) for way, matmul in ways.items()} for _ in range(_ROUNDS + 1)]
     found = {way: min(seconds[way] for seconds in rounds) for way in ways}
     plain = found.pop(DEQUANT)
-    if not found:
-        return _Measured(None, 0.0, ", ".join(failures))
     best = min(found, key=lambda name: found[name])
     return _Measured(best, plain / max(found[best], 1e-9))
 

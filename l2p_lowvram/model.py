@@ -87,6 +87,7 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
 
 
+# Others (MPS, some of Intel's) have none.
 _WITH_FLOAT64 = ("cpu", "cuda", "meta")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from . import images
 from .config import DEFAULT_STRENGTH
-from .paths import belongs_to, destination, expanded, same_file_key
+from .paths import DEMO, belongs_to, destination, expanded, same_file_key
 from .user_input import InputError, user_input
 from .whole_file import require_replaceable
 
@@ -93,7 +93,7 @@ def take_order(options: argparse.Namespace, model: str) -> Order:
         preview = None
         if options.preview is not None:
             preview = _take_preview(Path(options.preview), pictures, overwrite=options.overwrite)
-        _check_apart(pictures, preview, report, inputs(options, model))
+        _check_apart(pictures, preview, report, _inputs(options, model))
         image, digest = None, None
         if options.image is not None:
             image = images.read_image(Path(options.image))
@@ -102,23 +102,25 @@ def take_order(options: argparse.Namespace, model: str) -> Order:
         return Order(model, prompt, negative, pictures, preview, image, digest, options)
 
 
-def inputs(options: argparse.Namespace, model: str) -> dict[str, Path]:
+def _inputs(options: argparse.Namespace, model: str) -> dict[str, Path]:
     """The files that a run reads, by the option that names them."""
     named = {
         "--image": options.image,
         "--prompt-file": options.prompt_file,
-        "--model": model,
+        "--model": None if model == DEMO else model,
         "--text-encoder": options.text_encoder,
         "--tokenizer": options.tokenizer,
     }
     return {option: expanded(path) for option, path in named.items() if path is not None}
 
 
-# What `--output` names may be what `--image` names: a picture is redrawn in its place, if `--overwrite` is given.
 def _check_apart(
     pictures: Sequence[Picture], preview: Preview | None, report: Path | None, read: Mapping[str, Path]
 ) -> None:
-    """Raise InputError where one file would be written twice, or written while it is read."""
+    """Raise InputError where one file would be written twice, or written while it is read.
+
+    Not for an `--output` that is the `--image`: with `--overwrite` it is drawn anew in its place.
+    """
     written = {same_file_key(picture.path): "--output" for picture in pictures}
     if preview is not None and preview.is_folder:
         for file in [*(picture.path for picture in pictures), *([] if report is None else [report])]:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from offload.checkpoint import INDEX_SUFFIX
 
+# In place of a path: the model that comes along.
+DEMO = "demo"
+
 
 def expanded(path: str | os.PathLike[str]) -> Path:
     """With ~ filled in. Raises FileNotFoundError for a user there is not."""

@@ -347,19 +347,16 @@ class L2PPipeline:
         image = _check_image(image)
         count = _count(num_images_per_prompt)
         cfg = self._cfg_scale(cfg_scale, negative_prompt_embeds)
-        if sigmas is not None and strength is not None:
-            raise ValueError("sigmas say everything about the schedule; leave out strength")
-        depart = 1.0 if image is None else DEFAULT_STRENGTH if strength is None else strength
-        schedule = self._schedule(num_inference_steps, shift, sigmas, depart)
+        schedule = self._schedule(num_inference_steps, shift, sigmas, strength, from_noise=image is None)
         width, height = self._size(width, height, image, latents)
         prompts = _prompt_list(prompt, prompt_embeds)
         negatives = _negative_list(negative_prompt, negative_prompt_embeds, len(prompts)) if cfg != 1 else None
         batch = len(prompts) * count
         noise, seeds = self._noise((batch, IMAGE_CHANNELS, height, width), seed, generator, latents, noise_device)
-        pixels = noise
-        if image is not None:
-            pixels = sampling.add_noise(self._picture(image, width, height), noise, schedule[0])
-        _require_finite(pixels, "latents" if latents is not None else "image")
+        # In a list, for the loop to take it out of: no frame holds on to what the run began with.
+        start = [noise if image is None else self._noised(image, noise, schedule[0])]
+        del noise
+        _require_finite(start[0], "latents" if latents is not None else "image")
 
         started = time.perf_counter()
         features = self._features([*prompts, *(negatives or [])])
@@ -377,8 +374,6 @@ class L2PPipeline:
             cfg,
             callback_on_step_end,
         )
-        start = [pixels]
-        del pixels, noise  # at 10K more than a gigabyte each, and in no plan beside the sample
         with full_fp32(self.device, self.stream_dtype):
             result, was_stopped = self._denoise(job, start, tiling)
         seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
@@ -517,14 +512,23 @@ class L2PPipeline:
         return (lambda done, total: None) if callback is None else lambda done, total: callback(phase, done, total)
 
     def _schedule(
-        self, steps: int | None, shift: float | None, sigmas: Sequence[float] | None, strength: float
+        self,
+        steps: int | None,
+        shift: float | None,
+        sigmas: Sequence[float] | None,
+        strength: float | None,
+        *,
+        from_noise: bool,
     ) -> Tensor:
         defaults = self.config.defaults
         if sigmas is None:
             steps = defaults.steps if steps is None else steps
-            return sampling.make_sigmas(steps, defaults.shift if shift is None else shift, strength)
+            depart = 1.0 if from_noise else DEFAULT_STRENGTH if strength is None else strength
+            return sampling.make_sigmas(steps, defaults.shift if shift is None else shift, depart)
         if steps is not None or shift is not None:
             raise ValueError("sigmas says everything about the schedule; leave out num_inference_steps and shift")
+        if strength is not None:
+            raise ValueError("sigmas says everything about the schedule; leave out strength")
         return sampling.check_sigmas(sigmas)
 
     def _size(
@@ -573,14 +577,17 @@ class L2PPipeline:
         generators = [torch.Generator(place).manual_seed(value) for value in seeds]
         return torch.cat([sampling.make_noise(single, g).cpu() for g in generators]), seeds
 
+    def _noised(self, image: Image.Image | Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return sampling.add_noise(self._picture(image, noise.shape[3], noise.shape[2]), noise, sigma)
+
     def _picture(self, image: Image.Image | Tensor, width: int, height: int) -> Tensor:
-        """img2img's start (1, 3, H, W) in fp32."""
+        """img2img's start (1, 3, H, W) in fp32, in host memory."""
         if isinstance(image, Image.Image):
             return images.from_pil(image, width, height)
         picture = image[None] if image.dim() == 3 else image
         if tuple(picture.shape) != (1, IMAGE_CHANNELS, height, width):
             raise ValueError(f"image must have shape (3, {height}, {width}) for this size, got {list(image.shape)}")
-        return picture.float()
+        return picture.float().cpu()
 
     def _features(self, items: Sequence[str | Tensor]) -> list[Tensor]:
         """Features (tokens, width) of every prompt: all texts encoded together, given tensors moved once."""

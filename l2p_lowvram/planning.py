@@ -130,13 +130,14 @@ class Planner:
         """Raises ValueError for a size that the model does not draw."""
         self.config.check_size(request.width, request.height)
         work = request.work()
-        refusals = self._refusals(request, work)
-        if refusals:
-            return self._refused(request, max(refusals, key=lambda error: error.needed))
-        tiling, demand = self._opened.weights.choose(work)
+        try:
+            encoding = self._encode(request)
+            tiling, demand = self._opened.weights.choose(work)
+        except BudgetError:
+            return self._refused(request, max(self._refusals(request, work), key=lambda error: error.needed))
         plan = self._streamer.plan(demand, None)
         step, decoder = self._denoise(work, tiling, demand, plan)
-        phases = [*self._encode(request), step, decoder, self._save(request)]
+        phases = [*encoding, step, decoder, self._save(request)]
         per_step = step.seconds + decoder.seconds
         return RunPlan(
             fits=True,

@@ -21,13 +21,12 @@ from offload import Checkpoint, CheckpointError
 from .layout import read_layout
 from .model import L2PTransformer
 from .model_weights import StreamedWeights
-from .paths import expanded
+from .paths import DEMO, expanded
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import Streamer
 from .text import PromptTokenizer
 from .weights import build_transformer, check_scales, int8_layers
 
-DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo" / "assets"
 TOKENIZER_FILE = "tokenizer.json"
 
