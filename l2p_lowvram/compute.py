@@ -185,7 +185,8 @@ def check_kernel(kernel: Int8Matmul, weight: Tensor) -> str | None:
     rows = torch.randint(-127, 128, (_CHECKED_ROWS, weight.shape[1]), dtype=torch.int8, generator=generator)
     q = rows.to(weight.device)
     try:
-        same = torch.equal(kernel(q, weight).float(), in_fp32(q, weight).float())
+        out = torch.empty(_CHECKED_ROWS, weight.shape[0], dtype=torch.int32, device=weight.device)
+        same = torch.equal(kernel(q, weight, out).float(), in_fp32(q, weight).float())
     except (RuntimeError, NotImplementedError) as error:
         return f"fails ({str(error).splitlines()[0]:.120})"
     return None if same else "gives wrong sums"

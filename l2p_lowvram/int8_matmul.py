@@ -9,7 +9,6 @@ up to rounding, since how a rotation rounds depends on how many rows are multipl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,9 +21,6 @@ CPU_SLICE_BYTES = 8 << 20
 DEVICE_SLICE_BYTES = 16 << 20
 # Of what passes through several operations on a CPU, which should find it in its cache.
 _CPU_CACHED_BYTES = 2 << 20
-# q (M, K), w (N, K), both int8 -> q w^T (M, N) in int32, or in fp32 rounded once.
-Int8Matmul = Callable[[Tensor, Tensor], Tensor]
-
 _LEVELS = 127
 _SMALLEST_SCALE = 1e-30
 # Sums of so many products of int8 stay below 2^24, where fp32 holds every integer (so do those of twice as many,
@@ -37,11 +33,19 @@ _INT_MM_ROWS, _INT_MM_MULTIPLE = 17, 8
 _PADDED_ROWS = 32
 
 
+class Int8Matmul(Protocol):
+    """What multiplies in integers."""
+
+    def __call__(self, q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        """q (M, K), w (N, K), both int8 -> q w^T (M, N) in int32, or in fp32 rounded once. In `out`, (M, N) int32,
+        where it is given and the kernel can: new memory for each tile costs more than the scaling of its sums."""
+
+
 class Rotates(Protocol):
     """A rotation of columns. Two that are equal rotate alike."""
 
-    def apply(self, x: Tensor) -> Tensor:
-        """x (M, K), rotated, in fp32."""
+    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x (M, K), rotated, in fp32; into `out` where given."""
 
 
 def slice_bytes(device: torch.device) -> int:
@@ -82,16 +86,20 @@ def quantize_rows(x: Tensor, rotation: Rotates | None = None) -> QuantizedRows:
     rows = x.reshape(-1, x.shape[-1])
     values = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows.shape[0], 1, dtype=torch.float32, device=x.device)
-    step = min(rows_at_a_time(rows), max(slice_bytes(x.device) // (4 * rows.shape[1]), 1))
+    most = max(slice_bytes(x.device) // (4 * rows.shape[1]), 1)
+    step = max(min(rows_at_a_time(rows), most, rows.shape[0]), 1)
+    buffer = torch.empty(step, rows.shape[1], dtype=torch.float32, device=x.device)
     for start in range(0, rows.shape[0], step):
         part = slice(start, start + step)
-        piece = rows[part].float() if rotation is None else rotation.apply(rows[part])
+        piece = buffer[: rows[part].shape[0]]
+        if rotation is None:
+            piece.copy_(rows[part])
+        else:
+            rotation.apply(rows[part], piece)
         # Two reductions in fp32: on a CPU several times as fast as aminmax, or as either in bf16.
         largest = torch.maximum(piece.amax(dim=-1, keepdim=True), piece.amin(dim=-1, keepdim=True).neg_())
         scale[part] = largest.div_(_LEVELS).clamp_(min=_SMALLEST_SCALE)
-        own = rotation is not None or rows.dtype != torch.float32
-        piece = torch.div(piece, scale[part], out=piece if own else None)
-        values[part] = piece.round_()
+        values[part] = piece.div_(scale[part]).round_()
     return QuantizedRows(values, scale, x, rotation)
 
 
@@ -104,15 +112,17 @@ def multiply(matmul: Int8Matmul, x: QuantizedRows, weight: Tensor, scale: Tensor
     count, outputs = x.values.shape[0], weight.shape[0]
     result = torch.empty(count, outputs, dtype=x.source.dtype, device=weight.device)
     height, width = tile_shape(count, slice_bytes(weight.device))
+    buffer = torch.empty(height * min(width, outputs), dtype=torch.int32, device=weight.device)
     for start in range(0, outputs, width):
         columns = slice(start, start + width)
         factor = (scale if scale.shape[0] == 1 else scale[columns]).T
         added = None if bias is None else bias[columns].float()
         for top in range(0, count, height):
             rows = slice(top, top + height)
-            sums = matmul(x.values[rows], weight[columns])
-            _scale_into(result[rows, columns], sums, x.scale[rows], factor, added)
-            del sums  # before the next tile's exist
+            tile = result[rows, columns]
+            sums = matmul(x.values[rows], weight[columns], buffer[: tile.numel()].view(tile.shape))
+            _scale_into(tile, sums, x.scale[rows], factor, added)
+            del sums  # where they are not the buffer: before the next tile's exist
     return result.view(*x.source.shape[:-1], outputs)
 
 
@@ -130,16 +140,16 @@ def _scale_into(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor, bi
         out[start : start + step] = scaled if bias is None else scaled.add_(bias)
 
 
-def in_fp32(q: Tensor, w: Tensor) -> Tensor:
+def in_fp32(q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """The reference, for every device: sums of 512 columns in fp32, which are exact, added in int32."""
 
     def part(start: int) -> Tensor:
         columns = slice(start, start + _EXACT_COLUMNS)
-        return F.linear(q[:, columns].float(), w[:, columns].float()).int()
+        return F.linear(q[:, columns].float(), w[:, columns].float())
 
-    total = part(0)
+    total = part(0).int() if out is None else out.copy_(part(0))
     for start in range(_EXACT_COLUMNS, q.shape[1], _EXACT_COLUMNS):
-        total.add_(part(start))
+        total.add_(part(start).int())
     return total
 
 
@@ -148,12 +158,14 @@ def int_mm_fits(rows: int, columns: int, outputs: int) -> bool:
     return rows >= _INT_MM_ROWS and columns % _INT_MM_MULTIPLE == 0 and outputs % _INT_MM_MULTIPLE == 0
 
 
-def by_int_mm(q: Tensor, w: Tensor) -> Tensor:
+def by_int_mm(q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """cuBLASLt's int8 kernel, on CPUs oneDNN's. Too few rows are padded; sizes it does not take go through fp32."""
     rows = q.shape[0]
     if rows < _INT_MM_ROWS:
-        q = F.pad(q, (0, 0, 0, _PADDED_ROWS - rows))
+        q, out = F.pad(q, (0, 0, 0, _PADDED_ROWS - rows)), None
     if not int_mm_fits(q.shape[0], *w.T.shape):
         return in_fp32(q[:rows], w)
     # A view: the kernel wants the second factor column by column, which is how the weight lies.
-    return torch._int_mm(q, w.t())[:rows]
+    if out is None:
+        return torch._int_mm(q, w.t())[:rows]
+    return torch._int_mm(q, w.t(), out=out)

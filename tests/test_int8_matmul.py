@@ -100,11 +100,12 @@ def test_int_mm_is_called_with_what_cuda_takes_alone(
     called = []
     real = torch._int_mm
 
-    def checked(a: Tensor, b: Tensor) -> Tensor:
+    def checked(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
         called.append(a.shape)
         assert int_mm_fits(*a.shape, b.shape[1])
         assert b.stride(0) == 1, "column by column"
-        return real(a, b)
+        assert out is None or (out.is_contiguous() and out.shape == (a.shape[0], b.shape[1]))
+        return real(a, b) if out is None else real(a, b, out=out)
 
     monkeypatch.setattr(torch, "_int_mm", checked)
     layer = random_layer(outputs, columns, by_int_mm)
