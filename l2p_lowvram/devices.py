@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+# AMD's architectures that multiply bf16 matrices: CDNA and RDNA from the third on.
+_HIP_WITH_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """ "auto": CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """ "auto": CUDA where there is one, else the CPU. Raises ValueError for a device that is not there.
+
+    Makes the device's context, so that what the driver takes of the host's memory is seen by whoever plans it.
+    """
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError where CUDA is compiled out
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); try auto or cpu") from error
@@ -53,23 +57,63 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def full_fp32(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """While open, fp32 on CUDA is fp32: cuDNN's convolutions would round their inputs to TF32 by default."""
+    """While open, fp32 on CUDA is fp32: cuDNN's convolutions would round their inputs to TF32 by default, and products
+    of fp16 matrices add parts in fp16, where what the sum can hold overflows."""
     if device.type != "cuda" or dtype != torch.float32:
         yield
         return
-    # The older switches raise where a program has used the newer ones.
-    name = "fp32_precision" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "allow_tf32"
-    exact: object = "ieee" if name == "fp32_precision" else False
-    cudnn: Any = torch.backends.cudnn
-    switches: list[Any] = [torch.backends.cuda.matmul, cudnn.conv if name == "fp32_precision" else cudnn]
-    before = [getattr(switch, name) for switch in switches]
-    for switch in switches:
-        setattr(switch, name, exact)
+    switches = _switches_of_fp32()
+    before = [getattr(switch, name) for switch, name, _ in switches]
+    for switch, name, value in switches:
+        setattr(switch, name, value)
     try:
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
+        for (switch, name, _), value in zip(switches, before, strict=True):
             setattr(switch, name, value)
+
+
+def _switches_of_fp32() -> list[tuple[Any, str, object]]:
+    """(switch, attribute, value) with which fp32 is fp32, and sums of fp16 products are, too."""
+    # Typed as they are: they change their attributes from release to release.
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    # The older switches raise where a program has used the newer ones.
+    switches: list[tuple[Any, str, object]]
+    if hasattr(matmul, "fp32_precision"):
+        switches = [(matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]
+    else:
+        switches = [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+    if hasattr(matmul, "allow_fp16_accumulation"):
+        switches.append((matmul, "allow_fp16_accumulation", False))
+    return [*switches, (_Reductions(matmul), "allowed", (False, True))]
+
+
+class _Reductions:
+    """Whether parts of a sum of fp16 products may be added in fp16, and sums cut in parts at all (which newer versions
+    of torch put into one setting)."""
+
+    _name = "allow_fp16_reduced_precision_reduction"
+
+    def __init__(self, matmul: Any) -> None:
+        self._matmul = matmul
+
+    @property
+    def allowed(self) -> tuple[bool, bool]:
+        return getattr(self._matmul, self._name), getattr(self._matmul, f"{self._name}_split_k", True)
+
+    @allowed.setter
+    def allowed(self, value: tuple[bool, bool]) -> None:
+        setattr(self._matmul, self._name, value[0] if value[1] else value)
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """While open, a card is torch's current device: what is asked about "the card", such as which attention kernel it
+    has, and what is made without naming one, concerns this one."""
+    is_card = device.type == "cuda" and torch.cuda.is_available()
+    with torch.cuda.device(device) if is_card else nullcontext():
+        yield
 
 
 def fast_in_fp16(device: torch.device) -> bool:
@@ -80,6 +124,9 @@ def fast_in_fp16(device: torch.device) -> bool:
 def computes_bf16(device: torch.device) -> bool:
     """Whether `device` has bf16 arithmetic of its own (emulation does not count)."""
     if device.type == "cuda":
+        if torch.version.hip is not None:  # torch says yes of every card
+            architecture = str(torch.cuda.get_device_properties(device).gcnArchName)
+            return architecture.startswith(_HIP_WITH_BF16)
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

@@ -8,12 +8,22 @@
 
 import torch
 
+# What torch says in a bare RuntimeError: of RAM, of a library's workspace, of a kernel's own memory, and of a
+# convolution for which every algorithm of cuDNN wanted more memory than there was.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "HIP error: out of memory",
+    "unable to find an engine to execute this computation",
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the device or (which torch reports as a bare RuntimeError) in RAM."""
+    """Whether an allocation failed, in RAM, on the device, or in one of its libraries."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 class NonFiniteError(RuntimeError):

@@ -26,8 +26,9 @@ from .tilings import PictureWork, Tiling, device_activations, device_segments, t
 CAPTION_EMBEDDER, IMAGE_EMBEDDER, LOCAL_DECODER = "caption_embedder", "image_embedder", "local_decoder"
 _CAPTION_PARAMETERS = ("cap_embedder", "cap_pad_token")
 _DECODER_PARAMETERS = "local_decoder"
-# Operations a second, for the planner alone: of one CPU core, and of a slow card.
-_FLOPS, _DEVICE_FLOPS = 60e9, 20e12
+# Operations a second, for the planner alone: of one CPU core, and of a fast card. On a slower one copies hide behind
+# more computing than was thought, and memory is filled that could have stayed free.
+_FLOPS, _DEVICE_FLOPS = 60e9, 200e12
 
 
 class TransformerWeights(Protocol):

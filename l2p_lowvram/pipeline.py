@@ -6,6 +6,7 @@ refines the captions once, then walks the blocks once per step with every branch
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import secrets
@@ -14,7 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from offload import parse_bytes
 from . import images, sampling
 from .compute import DEQUANTISED, INT8, Compute, LayerSize, choose_compute, without_int8
 from .config import DEFAULT_STRENGTH, IMAGE_CHANNELS, ModelConfig
-from .devices import choose_device, choose_dtype, full_fp32, stream_dtype
+from .devices import choose_device, choose_dtype, full_fp32, on_device, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
 from .model import Caption, L2PTransformer, Room, State, padded_length
 from .model_weights import (
@@ -51,6 +52,8 @@ StepCallback = Callable[["L2PPipeline", int, float, dict[str, Tensor]], "dict[st
 ProgressCallback = Callable[[str, int, int], None]
 Prompts = str | Sequence[str]
 Embeds = Tensor | Sequence[Tensor]
+P = ParamSpec("P")
+R = TypeVar("R")
 OUTPUT_TYPES = ("pil", "pt", "np")
 
 
@@ -81,6 +84,17 @@ class _Job:
     negative: list[Caption] | None
     cfg_scale: float
     callback: StepCallback | None
+
+
+def _computing(method: Callable[Concatenate[L2PPipeline, P], R]) -> Callable[Concatenate[L2PPipeline, P], R]:
+    """Without autograd's records, the pipeline's card being torch's current one."""
+
+    @functools.wraps(method)
+    def run(self: L2PPipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(), on_device(self.device):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class L2PPipeline:
@@ -265,7 +279,7 @@ class L2PPipeline:
         """What is odd about the model, why prompts are not cached if that failed, where memory ran out."""
         cache = self.prompt_encoder.cache if self.prompt_encoder is not None else None
         cached = [] if cache is None or cache.warning is None else [cache.warning]
-        return (*self._warnings, *cached, *self._notices)
+        return (*self._warnings, *cached, *self.streamer.notices, *self._notices)
 
     def interrupt(self) -> None:
         """Stop after the current step (from a callback or another thread)."""
@@ -279,7 +293,7 @@ class L2PPipeline:
         """
         return self.encode_prompts([prompt])[0]
 
-    @torch.inference_mode()
+    @_computing
     def encode_prompts(self, prompts: Prompts) -> list[Tensor]:
         """`encode_prompt` of several prompts, for which the encoder's weights are read once."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -293,7 +307,7 @@ class L2PPipeline:
             raise NonFiniteError("text encoder", hint="try dtype fp32")
         return [outside_inference_mode(features.to(self.device, self.stream_dtype)) for features in found]
 
-    @torch.inference_mode()
+    @_computing
     def __call__(
         self,
         prompt: Prompts | None = None,

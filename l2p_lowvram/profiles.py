@@ -95,7 +95,7 @@ def choose_profile(name: str | None, *, vram: int | None, dtype: str) -> DeviceP
     if name is not None:
         profile = find_profile(name)
     else:
-        profile = ANY_CARD if vram is not None or choose_device("auto").type != "cpu" else ANY_CPU
+        profile = ANY_CARD if vram is not None or torch.cuda.is_available() else ANY_CPU
     return profile if dtype == "auto" else replace(profile, dtype=dtype)
 
 

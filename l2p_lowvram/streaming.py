@@ -65,8 +65,8 @@ WORKSPACE_BYTES = 128 << 20
 _STAGING_BYTES = 64 << 20
 # With less every copy is so short that its overhead counts.
 _LEAST_STAGING_BYTES = 4 << 20
-# For the planner alone: rough, and the same on every run, so that plans are. Plans are made for slow
-# machines: on a faster one a block more than necessary stays, which costs nothing.
+# For the planner alone: rough, and the same on every run, so that plans are. Of slow machines: on a faster one a block
+# more than necessary stays, which costs nothing.
 _DISK_RATE, _CACHED_RATE, _LINK_RATE = 1.5e9, 5e9, 6e9
 # Of all blocks, what visits of the mapped file may copy before slots are the better place. The thread that computes
 # makes those copies; readers make one of everything, beside it.
@@ -261,6 +261,8 @@ class Streamer:
     _probes: dict[str, IoProbe] = field(default_factory=dict)
     _ring_device: OwnedDevice | None = None
     _process_bytes: int | None = None
+    _free_vram: int | None = None
+    _notices: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.device.type == "cpu" and self.options.vram is not None:
@@ -405,6 +407,7 @@ class Streamer:
             else:
                 from offload.cuda import CudaDevice
 
+                self._warn_of_vram()
                 limit = self._allocator_limit()
                 self._ring_device = CudaDevice(self.device, pin_limit=self.options.pin, memory_limit=limit, timing=True)
         return self._ring_device
@@ -438,12 +441,8 @@ class Streamer:
         return Budget(self._ram(), work.activations, reserved=self.process_bytes + held, name="RAM budget")
 
     def _device_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
+        vram = self._vram()
         held = sum(stream.device_bytes for stream in beside)
-        vram = self.options.vram
-        if vram is None:
-            free = available_device_bytes(self.device)
-            assert free is not None, "a device with a ring tells its memory"
-            vram = (free + sum(stream.device_bytes for stream in self.streams)) // 20 * 19 + CONTEXT_BYTES
         host = self._host_left(work, beside)
         pin = system_pin_limit() if self.options.pin is None else self.options.pin
         return Budget(
@@ -454,6 +453,32 @@ class Streamer:
             pinned=min(pin, host),
             staging=min(_STAGING_BYTES, host),
         )
+
+    def _vram(self) -> int:
+        """What was asked for, or what is free as first seen since `close`: a plan must not change because the driver
+        has loaded some kernels meanwhile."""
+        if self.options.vram is not None:
+            return self.options.vram
+        if self._free_vram is None:
+            held = sum(stream.device_bytes for stream in self.streams)
+            self._free_vram = (self._free_device_bytes() + held) // 20 * 19 + CONTEXT_BYTES
+        return self._free_vram
+
+    def _free_device_bytes(self) -> int:
+        free = available_device_bytes(self.device)
+        assert free is not None, "a device with a ring tells its memory"
+        return free
+
+    def _warn_of_vram(self) -> None:
+        """Where less is free than was asked for."""
+        if self.options.vram is None:
+            return
+        free = self._free_device_bytes() + CONTEXT_BYTES
+        if self.options.vram > free:
+            self._notices.append(
+                f"--vram {format_bytes(self.options.vram)} is more than {self.device} has free "
+                f"({format_bytes(free)} with this program's own share): memory may run out"
+            )
 
     def _host_left(self, work: Work, beside: Sequence[WeightStream]) -> int:
         """Host bytes for weights on their way to a card. Raises BudgetError where there are hardly any."""
@@ -500,11 +525,16 @@ class Streamer:
     def close(self) -> None:
         """Give everything back. May be called twice; a closed streamer can be used again."""
         self.close_streams()
-        self._process_bytes = None
+        self._process_bytes = self._free_vram = None
         device, self._ring_device = self._ring_device, None
         if device is not None:
             self._past_fallbacks += device.fallbacks
             device.close()
+
+    @property
+    def notices(self) -> list[str]:
+        """What is odd about the budgets on this machine; empty in the good case."""
+        return list(dict.fromkeys(self._notices))
 
     @property
     def fallbacks(self) -> list[str]:

@@ -16,9 +16,10 @@ synchronised both streams by then, so no `record_stream` is needed, which would 
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,8 +53,9 @@ class CudaDevice:
     for a report. Copies from memory that is not pinned work, but block the courier
     and overlap nothing: `pageable_copies` and `pageable_bytes` count them, `fallbacks` says why.
 
-    memory_limit: bytes that torch's caching allocator may reserve on the card in this process until `close`;
-    before it takes more it gives back what it holds for nobody, and then it fails. None: as it is set.
+    memory_limit: bytes that torch's caching allocator may reserve on the card until `close`, beside what this process
+    had reserved there before; before it takes more it gives back what it holds for nobody, and then it fails. Limits
+    of several devices add up. It knows no owners: what else the process reserves meanwhile counts. None: as it is set.
 
     Owns the pinned memory until `close`; device memory belongs to whoever holds the tensors.
     runtime: what is used of torch.cuda; another one, with its own arena, only in tests.
@@ -85,9 +87,10 @@ class CudaDevice:
         self._arena = arena or PinnedArena(
             cuda_registration(self.device), limit=system_pin_limit() if pin_limit is None else pin_limit
         )
-        self._former_fraction: float | None = None
+        self._limit: _AllocatorLimit | None = None
         if memory_limit is not None:
-            self._limit_memory(memory_limit)
+            self._limit = _AllocatorLimit.of(runtime, self.device)
+            self._limit.add(self, memory_limit)
         self._copy_streams: weakref.WeakSet[_CudaStream] = weakref.WeakSet()
 
     @property
@@ -160,9 +163,9 @@ class CudaDevice:
         """Give the pinned memory back, and lift the memory limit. Every ring on this device must be closed before.
         May be called twice."""
         self._arena.close()
-        if self._former_fraction is not None:
-            self._runtime.set_per_process_memory_fraction(self._former_fraction, self.device)
-            self._former_fraction = None
+        limit, self._limit = self._limit, None
+        if limit is not None:
+            limit.remove(self)
 
     def transfers(self, target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(target, source) pairs that make up one copy, cut where pinned memory ends; counts pageable ones."""
@@ -180,13 +183,6 @@ class CudaDevice:
         for run in runs:
             window = slice(run.offset, run.offset + run.nbytes)
             yield target[window], source[window]
-
-    def _limit_memory(self, nbytes: int) -> None:
-        # Older versions of torch tell no limit; nobody but us sets one in an ordinary program.
-        former = getattr(self._runtime, "get_per_process_memory_fraction", None)
-        self._former_fraction = 1.0 if former is None else former(self.device)
-        total = self._runtime.get_device_properties(self.device).total_memory
-        self._runtime.set_per_process_memory_fraction(min(nbytes / total, 1.0), self.device)
 
     def _count_pageable(self, *sizes: int) -> None:
         self.pageable_copies += len(sizes)
@@ -212,6 +208,51 @@ class CudaDevice:
         with contextlib.suppress(RuntimeError):
             self._runtime.set_device(self.device)
         yield from courier
+
+
+class _AllocatorLimit:
+    """What torch's allocator may reserve on one card: one number, whatever number of devices asked for limits."""
+
+    _known: ClassVar[dict[tuple[int, int], _AllocatorLimit]] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, runtime: Any, device: torch.device) -> None:
+        self._runtime = runtime
+        self._device = device
+        self._parts: dict[int, int] = {}
+        self._former = 1.0
+        self._others = 0
+
+    @classmethod
+    def of(cls, runtime: Any, device: torch.device) -> _AllocatorLimit:
+        with cls._lock:
+            return cls._known.setdefault((id(runtime), device.index), cls(runtime, device))
+
+    def add(self, owner: object, nbytes: int) -> None:
+        with self._lock:
+            if not self._parts:
+                self._look()
+            self._parts[id(owner)] = nbytes
+            self._set()
+
+    def remove(self, owner: object) -> None:
+        with self._lock:
+            self._parts.pop(id(owner))
+            self._set()
+
+    def _look(self) -> None:
+        """At what there is before the first limit."""
+        self._runtime.empty_cache()
+        self._others = self._runtime.memory_reserved(self._device)
+        # Older versions of torch tell no limit; nobody but us sets one in an ordinary program.
+        former = getattr(self._runtime, "get_per_process_memory_fraction", None)
+        self._former = 1.0 if former is None else former(self._device)
+
+    def _set(self) -> None:
+        total = self._runtime.get_device_properties(self._device).total_memory
+        allowed = min((self._others + sum(self._parts.values())) / total, 1.0)
+        with self._runtime.device(self._device):  # which the call makes the current one, and leaves so
+            self._runtime.set_per_process_memory_fraction(allowed if self._parts else self._former, self._device)
 
 
 class _CudaStream:

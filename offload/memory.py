@@ -186,10 +186,11 @@ class MemoryWatch:
 
 
 def available_device_bytes(device: torch.device | str) -> int | None:
-    """Bytes free on a device as its driver tells it; None where the driver cannot be asked, as on MPS.
+    """Bytes free on a device as its driver tells it, and what torch's caching allocator holds there for nobody;
+    None where the driver cannot be asked, as on MPS.
 
-    What torch's caching allocator holds for reuse counts as taken. On Windows other programs' memory may
-    be missing from it. Of "cpu": `available_host_bytes`. Raises ValueError where there is no such device.
+    On Windows other programs' memory may be missing from it. Of "cpu": `available_host_bytes`. Raises ValueError
+    where there is no such device.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -199,8 +200,15 @@ def available_device_bytes(device: torch.device | str) -> int | None:
         raise ValueError(f"there is no device {device} here; use cpu")
     if hasattr(module, "mem_get_info"):
         free, _total = module.mem_get_info(device)
-        return int(free)
+        return int(free) + _idle_bytes(module, device)
     return None
+
+
+def _idle_bytes(module: Any, device: torch.device) -> int:
+    """What the caching allocator would give back before it takes more."""
+    if not hasattr(module, "memory_reserved"):
+        return 0
+    return max(int(module.memory_reserved(device)) - int(module.memory_allocated(device)), 0)
 
 
 def start_device_peak(device: torch.device) -> None:

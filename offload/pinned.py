@@ -93,11 +93,16 @@ def cuda_registration(device: torch.device) -> HostRegistration:
         except RuntimeError:
             pass
 
-    return HostRegistration(
-        register=lambda address, nbytes: told(cudart.cudaHostRegister(address, nbytes, 0)),
-        unregister=lambda address: told(cudart.cudaHostUnregister(address)),
-        clear_error=clear_error,
-    )
+    # Registering makes a context on the current device, whichever that is; and any thread may unregister.
+    def register(address: int, nbytes: int) -> str | None:
+        with torch.cuda.device(device):
+            return told(cudart.cudaHostRegister(address, nbytes, 0))
+
+    def unregister(address: int) -> str | None:
+        with torch.cuda.device(device):
+            return told(cudart.cudaHostUnregister(address))
+
+    return HostRegistration(register, unregister, clear_error)
 
 
 @dataclass(frozen=True)

@@ -228,3 +228,20 @@ def test_a_sliced_model_computes_as_the_whole_one():
     assert 1e-6 < relative(whole, dequantised) < 1e-3
     model.use_int8(None)
     assert torch.equal(model(*inputs), dequantised)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_sums_are_scaled_alike_on_cards_and_cpus(dtype: torch.dtype, with_bias: bool):
+    generator = torch.Generator().manual_seed(2)
+    sums = torch.randint(-(2**27), 2**27, (37, 24), dtype=torch.int32, generator=generator)
+    row_scale, factor = torch.rand(37, 1, generator=generator) * 1e-4, torch.rand(1, 24, generator=generator) * 1e-3
+    bias = torch.randn(24, generator=generator) if with_bias else None
+    on_card, on_cpu = torch.empty(37, 24, dtype=dtype), torch.empty(37, 24, dtype=dtype)
+
+    int8_matmul._scale_at_once(on_card, sums.clone(), row_scale, factor, bias)
+    int8_matmul._scale_in_cache(on_cpu, sums.clone(), row_scale, factor, bias)
+
+    assert torch.equal(on_card, on_cpu)
+    exact = sums.double() * row_scale.double() * factor.double() + (0 if bias is None else bias.double())
+    assert relative(on_card, exact) < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 import offload.cuda
-from l2p_lowvram.streaming import CONTEXT_BYTES, MemoryOptions, Streamer
+from l2p_lowvram import streaming
+from l2p_lowvram.streaming import CONTEXT_BYTES, MemoryOptions, Streamer, Work
 from offload.cuda import CudaDevice
 from tests.test_offload_cuda import FakeCard, device_on
 
@@ -18,12 +21,15 @@ GIB = 1 << 30
 
 
 class CardWithAllocator(FakeCard):
-    """Of 8 GiB. `fraction`: what a process may take of it."""
+    """Of 8 GiB. `fraction`: what a process may take of it; `reserved`: bytes that it has taken, `idle` of them for
+    nobody. current: the device that calls concern which name none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fraction = 0.9
         self.emptied = 0
+        self.reserved = self.idle = 0
+        self.current = 7
 
     def get_device_properties(self, device: torch.device) -> SimpleNamespace:
         return SimpleNamespace(total_memory=8 * GIB)
@@ -33,9 +39,20 @@ class CardWithAllocator(FakeCard):
 
     def set_per_process_memory_fraction(self, fraction: float, device: torch.device) -> None:
         self.fraction = fraction
+        self.current = 0  # as torch leaves it
 
     def empty_cache(self) -> None:
         self.emptied += 1
+        self.reserved, self.idle = self.reserved - self.idle, 0
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return self.reserved
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before = self.current
+        yield
+        self.current = before
 
 
 def test_the_allocator_is_limited_until_the_device_is_closed() -> None:
@@ -61,6 +78,30 @@ def test_a_limit_beyond_the_card_is_the_card() -> None:
     assert card.fraction == 1.0
 
 
+def test_what_the_process_had_reserved_before_is_not_in_the_limit() -> None:
+    card = CardWithAllocator()
+    card.reserved, card.idle = 3 * GIB, GIB
+
+    device_on(card, memory_limit=2 * GIB)
+
+    assert card.fraction == 4 / 8
+    assert card.current == 7, "and the current device is as before"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_limits_of_several_devices_add_up_in_whatever_order_they_are_closed(first: int) -> None:
+    card = CardWithAllocator()
+    devices = [device_on(card, memory_limit=2 * GIB), device_on(card, memory_limit=GIB)]
+    card.reserved = GIB  # their own, which is within their limits
+
+    both = card.fraction
+    devices[first].close()
+    one = card.fraction
+    devices[1 - first].close()
+
+    assert (both, one, card.fraction) == (3 / 8, (1 if first == 0 else 2) / 8, 0.9)
+
+
 def test_without_a_limit_nothing_is_set() -> None:
     card = CardWithAllocator()
 
@@ -72,6 +113,7 @@ def test_without_a_limit_nothing_is_set() -> None:
 def test_a_budget_limits_the_allocator_to_what_the_context_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(offload.cuda, "CudaDevice", lambda device, **options: asked.append(options))
+    monkeypatch.setattr(streaming, "available_device_bytes", lambda device: 24 * GIB)
 
     for vram in (6 * GIB, None):
         Streamer(torch.device("cuda", 0), MemoryOptions(vram=vram)).ring_device()
@@ -112,3 +154,31 @@ def test_a_card_with_less_memory_than_was_planned_reserves_what_it_can(monkeypat
     device.reserve([3000, 1000, 2000])
 
     assert asked == [3000, 1000]
+
+
+def test_more_than_is_free_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload.cuda, "CudaDevice", lambda device, **options: None)
+    monkeypatch.setattr(streaming, "available_device_bytes", lambda device: 4 * GIB)
+    streamers = [Streamer(torch.device("cuda", 0), MemoryOptions(vram=size * GIB)) for size in (4, 6)]
+
+    for streamer in streamers:
+        streamer.ring_device()
+
+    assert streamers[0].notices == []
+    assert streamers[1].notices == [
+        "--vram 6.00 GiB is more than cuda:0 has free (4.50 GiB with this program's own share): memory may run out"
+    ]
+
+
+def test_what_is_free_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that the driver loads during the first picture do not change the plan of the second."""
+    free = iter([8 * GIB, 7 * GIB])
+    monkeypatch.setattr(streaming, "available_device_bytes", lambda device: next(free))
+    streamer = Streamer(torch.device("cuda", 0), MemoryOptions(ram=GIB, pin=0))
+    work = Work("picture", [], {}, 0)
+
+    first, again = (streamer._device_budget(work, ()).device for _ in range(2))
+    streamer.close()
+    anew = streamer._device_budget(work, ()).device
+
+    assert (first, again, anew) == tuple(size * GIB // 20 * 19 + CONTEXT_BYTES for size in (8, 8, 7))

@@ -3,6 +3,7 @@
 import platform
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -219,6 +220,18 @@ def test_the_processor_has_the_memory_of_the_host() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"there is no device cuda:1 here; use cpu"):
         available_device_bytes("cuda:1")
+
+
+def test_what_the_allocator_holds_for_nobody_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(
+        is_available=lambda: True,
+        mem_get_info=lambda device: (5000, 9000),
+        memory_reserved=lambda device: 3000,
+        memory_allocated=lambda device: 1000,
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: card)
+
+    assert available_device_bytes("cuda") == 7000
 
 
 @pytest.mark.cuda  # asks the driver

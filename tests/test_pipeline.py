@@ -6,8 +6,10 @@ import gc
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l2p_lowvram import L2PPipeline, NonFiniteError, sampling
+from l2p_lowvram import L2PPipeline, NonFiniteError, devices, pipeline, sampling
 from l2p_lowvram import model as model_module
+from l2p_lowvram.devices import choose_dtype
+from l2p_lowvram.errors import is_out_of_memory
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.model import TransformerBlock
 from l2p_lowvram.tilings import tilings
@@ -308,12 +312,69 @@ with full_fp32(torch.device("cuda"), torch.float32):
 assert state() == before, (before, state())
 with full_fp32(torch.device("cuda"), torch.bfloat16):
     assert state() == before
+matmul = torch.backends.cuda.matmul
+def sums():
+    return (matmul.allow_fp16_accumulation, matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_fp16_reduced_precision_reduction_split_k)
+for allowed in (True, (False, False)):
+    matmul.allow_fp16_accumulation, matmul.allow_fp16_reduced_precision_reduction = True, allowed
+    before = sums()
+    with full_fp32(torch.device("cuda"), torch.float32):
+        assert sums() == (False, False, True), sums()
+    assert sums() == before, (before, sums())
 """
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has the older switches alone")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
 
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be reported later", True),
+        ("GET was unable to find an engine to execute this computation", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_torch_says_when_memory_runs_out_is_understood(message: str, expected: bool):
+    assert is_out_of_memory(RuntimeError(message)) is expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("gfx1030", torch.float16), ("gfx1100", torch.bfloat16), ("gfx90a:sramecc+:xnack-", torch.bfloat16)],
+)
+def test_amd_cards_without_bf16_compute_in_fp16(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """torch says of each of them that it has bf16."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=architecture))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+
+    assert choose_dtype(None, torch.device("cuda")) == dtype
+
+
+def test_a_call_runs_with_its_card_as_the_current_one(pipe, monkeypatch: pytest.MonkeyPatch):
+    """What torch decides by the current device, such as which attention kernel runs, concerns the right one."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def on(device):
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(pipeline, "on_device", on)
+    pipe(**PROMPT, seed=1, **FAST)
+
+    assert entered == [pipe.device]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    with devices.on_device(torch.device("cuda:1")), devices.on_device(torch.device("cpu")):
+        assert entered[1:] == [torch.device("cuda:1")]
 
 
 def test_interrupt_stops_after_the_step_and_returns_its_estimate(pipe):

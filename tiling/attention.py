@@ -78,7 +78,7 @@ def has_fused_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
     probe = torch.empty(1, 1, 64, head_dim, device=device, dtype=dtype)
-    with torch.no_grad():
+    with torch.no_grad(), torch.cuda.device(device):  # the answer is the current device's
         asked = torch.backends.cuda.SDPAParams(probe, probe, probe, None, 0.0, False, False)
         return torch.backends.cuda.can_use_flash_attention(asked) or torch.backends.cuda.can_use_efficient_attention(
             asked
