@@ -87,11 +87,11 @@ class _Job:
 
 
 def _computing(method: Callable[Concatenate[L2PPipeline, P], R]) -> Callable[Concatenate[L2PPipeline, P], R]:
-    """Without autograd's records, the pipeline's card being torch's current one."""
+    """Without autograd's records and autocast's dtypes, the pipeline's card being torch's current one."""
 
     @functools.wraps(method)
     def run(self: L2PPipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(), on_device(self.device):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), on_device(self.device):
             return method(self, *args, **kwargs)
 
     return run

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload import Block, Checkpoint
+from offload import Block, Checkpoint, CheckpointError
 
 from .config import TextEncoderConfig
 from .encoder import read_encoder_layout
@@ -45,6 +45,7 @@ class StreamedTextEncoder:
             self.layout = read_encoder_layout(checkpoint)
             check_scales(checkpoint, self.layout.sources.values())
             self.files = checkpoint.files
+            self._identities = dict(checkpoint.identities)
         with torch.device("meta"):
             model = TextEncoder(self.layout.config)
         mark_quantized(model, self.layout.quantized)
@@ -81,6 +82,9 @@ class StreamedTextEncoder:
         for ids in prompts:
             self._model.check_ids(ids)
         with Checkpoint.open(self.path) as checkpoint:
+            if checkpoint.identities != self._identities:
+                # What it is read by, places and shapes of its tensors, is of the files as they were.
+                raise CheckpointError(self.path, "was replaced or modified since it was opened; load the model again")
             stream = self._streamer.open(self._model, checkpoint, self.work([ids.numel() for ids in prompts]))
             try:
                 states = [self._embed(stream, ids) for ids in prompts]

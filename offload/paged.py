@@ -182,6 +182,7 @@ class PagedBlocks:
         """End the courier and let go of all pages. May be called twice. Tensors of visits stay readable, slowly."""
         self._closed = True
         self._stop()
+        self._submitted.fail(ValueError("closed while a block was waited for"))  # by another thread
         for index in self._brought:
             self._let_go(index)
         self._brought.clear()

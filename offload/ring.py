@@ -227,6 +227,7 @@ class Ring:
         """End the courier and let go of all memory. May be called twice. Tensors of visits become garbage."""
         self._closed = True
         self._stop()
+        self._submitted.fail(ValueError("the ring was closed while a block was waited for"))  # by another thread
         # Other streams may still use what is freed here; visits ran on the one they left in `_computed_on`.
         self._computed_on.synchronize()
         self._timer.finish()

@@ -16,6 +16,7 @@ from l2p_lowvram import streamed_encoder
 from l2p_lowvram.streamed_encoder import StreamedTextEncoder
 from l2p_lowvram.streaming import MemoryOptions, Streamer
 from l2p_lowvram.text import MAX_TOKENS, PromptTokenizer, render_prompt
+from offload import CheckpointError
 from tests import goldens
 
 PROMPTS = goldens.values("prompts")
@@ -218,6 +219,19 @@ def test_prompts_share_one_reading_of_the_encoder_and_nothing_stays(tmp_path: Pa
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
     assert [stream.closed for stream in streamer.streams] == [True] * 3
     assert [thread.name for thread in threading.enumerate() if "offload" in thread.name] == []
+
+
+def test_an_encoder_that_was_replaced_meanwhile_is_refused(tmp_path: Path):
+    """Its tensors lie elsewhere: read by the old places they would be noise, and noise that a cache would keep."""
+    weights, path = goldens.weights("te_a"), tmp_path / "encoder.safetensors"
+    save_file(weights, path)
+    encoder = open_encoder(path)
+    encoder(torch.tensor([[1, 2, 3]]))
+    save_file({name: weights[name].double().float() for name in reversed(weights)}, tmp_path / "new.safetensors")
+    (tmp_path / "new.safetensors").replace(path)
+
+    with pytest.raises(CheckpointError, match=r"replaced or modified since it was opened; load the model again"):
+        encoder(torch.tensor([[1, 2, 3]]))
 
 
 @pytest.mark.parametrize(

@@ -408,3 +408,33 @@ def test_pages_in_place_win_where_they_clearly_spare_the_processors(
     assert probe.io == io
     assert probe.reason.startswith(io)
     assert probe.reason_of(probe.reader).startswith("read")
+
+
+def test_closing_from_another_thread_ends_the_wait_for_a_block(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, whole_populate, ended = threading.Event(), PageTable.populate, []
+
+    def populate(table: PageTable, offset: int, nbytes: int) -> None:
+        if offset >= blocks[2].layout.extents[0].offset:
+            asked.set()
+            time.sleep(0.1)
+        whole_populate(table, offset, nbytes)
+
+    def run() -> None:
+        try:
+            walk(paged, blocks, 1)
+        except ValueError as error:
+            ended.append(str(error))
+
+    monkeypatch.setattr(PageTable, "populate", populate)
+    paged = PagedBlocks(checkpoint, blocks, tight(blocks))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert asked.wait(30)
+    paged.close()
+    thread.join(30)
+
+    assert not thread.is_alive()
+    assert len(ended) == 1
+    assert "closed" in ended[0]

@@ -285,6 +285,46 @@ def test_closing_in_the_middle_ends_the_courier(checkpoint: Checkpoint, blocks: 
             ring.visit("layers.0").__enter__()
 
 
+class StuckReader:
+    """Whose reads after the first two take a while and fill nothing. asked: set once such a one was submitted."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.asked = threading.Event()
+        self._reader = reader
+        self._count = 0
+
+    def submit(self, label: str, extents: Sequence[Extent], buffer: Tensor, *, drop_cache: bool = False) -> ReadJob:
+        self._count += 1
+        if self._count <= 2:
+            return self._reader.submit(label, extents, buffer, drop_cache=drop_cache)
+        self.asked.set()
+        threading.Timer(0.2, (job := ReadJob(1)).finish_piece).start()
+        return job
+
+
+def test_closing_from_another_thread_ends_the_wait_for_a_block(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    ended: list[str] = []
+
+    def run() -> None:
+        try:
+            walk(ring, blocks, torch.randn(1, 64), 1)
+        except ValueError as error:
+            ended.append(str(error))
+
+    with Reader(checkpoint) as reader:
+        stuck = StuckReader(reader)
+        ring = Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), stuck)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        assert stuck.asked.wait(30)
+        ring.close()
+        thread.join(30)
+
+    assert not thread.is_alive()
+    assert len(ended) == 1
+    assert "closed" in ended[0]
+
+
 def test_closing_inside_a_visit_does_not_hide_the_callers_own_error(
     checkpoint: Checkpoint, blocks: list[Block]
 ) -> None:

@@ -377,6 +377,18 @@ def test_a_call_runs_with_its_card_as_the_current_one(pipe, monkeypatch: pytest.
         assert entered[1:] == [torch.device("cuda:1")]
 
 
+def test_a_programs_autocast_changes_nothing(pipe):
+    plain = pipe(**PROMPT, seed=1, **FAST).images
+    pipe.close()
+    pipe._refined = []
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = pipe(**PROMPT, seed=1, **FAST).images
+
+    assert torch.equal(inside, plain)
+    assert torch.equal(pipe(**PROMPT, seed=1, **FAST).images, plain)
+
+
 def test_interrupt_stops_after_the_step_and_returns_its_estimate(pipe):
     kept: list[Tensor] = []
 
