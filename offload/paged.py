@@ -86,6 +86,7 @@ class PagedBlocks:
         self._visiting: str | None = None
         self._closed = False
         self._cursor = self._taken = 0
+        self._handed: deque[int] = deque()
         self._submitted, self._released = HostCounter(), HostCounter()
         self._settled: set[int] = set()  # of those brought, no longer counted
         self._tables: dict[Path, PageTable] = {}
@@ -140,16 +141,24 @@ class PagedBlocks:
 
     def _take(self, index: int) -> None:
         """Return once the pages of the block are there; seeks where the courier is elsewhere."""
-        if index not in self._settled:
-            if self._worker is None or self._rounds.next(self._cursor, self._is_moving) != index:
-                self._seek(index)
-            try:
-                self._submitted.wait(self._taken + 1)
-            except BaseException:
-                self._stop()
-                raise
-            self._taken += 1
+        if index in self._settled:
+            return  # and the courier is where it was
+        if self._worker is None or self._rounds.next(self._cursor, self._is_moving) != index:
+            self._seek(index)
+        if self._next_handed() != index:  # whatever was expected, what was brought decides
+            self._seek(index)
+            self._next_handed()
         self._cursor = index + 1
+
+    def _next_handed(self) -> int:
+        """Which block was brought next, waited for."""
+        try:
+            self._submitted.wait(self._taken + 1)
+        except BaseException:
+            self._stop()
+            raise
+        self._taken += 1
+        return self._handed.popleft()
 
     def _is_moving(self, index: int) -> bool:
         return index not in self._settled
@@ -165,6 +174,7 @@ class PagedBlocks:
     def _reset(self, index: int) -> None:
         self._cursor = index
         self._taken = 0
+        self._handed = deque()
         self._submitted, self._released = HostCounter(), HostCounter()
         # Brought to stay, but perhaps never asked for: the courier will not bring it again.
         self._settled = set(self._brought)
@@ -229,6 +239,7 @@ class PagedBlocks:
                 if stays:
                     self._brought.add(index)
                     unfinished = None
+                self._handed.append(index)
                 self._submitted.advance()
             while passing:
                 yield self._released, passing[0][0] + 1

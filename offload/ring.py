@@ -156,17 +156,24 @@ class Ring:
         """The next visit, which must be to the block at `index`; seeks where the courier is elsewhere."""
         home = self._homes[index]
         if home.settled is not None:
-            self._cursor = index + 1
-            return home.settled
+            return home.settled  # and the courier is where it was
         if self._worker is None or self._next_moving() != index:
             self._seek(index)
+        visit = self._next_handed()
+        if visit.index != index:  # whatever was expected, what was brought decides
+            self._seek(index)
+            visit = self._next_handed()
+        self._cursor = index + 1
+        return visit
+
+    def _next_handed(self) -> _Visit:
+        """What the courier hands over next, waited for."""
         try:
             self._submitted.wait(self._taken + 1)
         except BaseException:
             self._stop()
             raise
         self._taken += 1
-        self._cursor = index + 1
         return self._handed.popleft()
 
     def _next_moving(self) -> int | None:

@@ -410,6 +410,19 @@ def test_pages_in_place_win_where_they_clearly_spare_the_processors(
     assert probe.reason_of(probe.reader).startswith("read")
 
 
+def test_blocks_that_stay_can_be_visited_out_of_turn(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = Pages(monkeypatch, Random(0))
+    plan = plan_for(blocks, 5 * blocks[1].nbytes)
+    staying = [index for index, block in enumerate(blocks) if plan.tiers[block.name] is Tier.DEVICE]
+    assert 0 < len(staying) < len(blocks) - 1
+    with PagedBlocks(checkpoint, blocks, plan) as paged:
+        for index in [*range(len(blocks)), staying[0], staying[0] + 1, *Random(0).choices(range(len(blocks)), k=20)]:
+            with paged.visit(blocks[index % len(blocks)].name):
+                assert pages.has(blocks[index % len(blocks)])
+
+
 def test_closing_from_another_thread_ends_the_wait_for_a_block(
     checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,6 +227,25 @@ def test_blocks_can_be_visited_in_any_order(checkpoint: Checkpoint, blocks: list
         assert ring.seeks > 0
 
 
+@pytest.mark.parametrize("once", [[], ["layers.0", "layers.4"]], ids=["plain", "with blocks visited once"])
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_that_stay_can_be_visited_out_of_turn(
+    checkpoint: Checkpoint, blocks: list[Block], once: list[str], seed: int
+) -> None:
+    """They come from where they are, while the courier goes on with what it was at."""
+    plan = plan_for(blocks, whole(blocks) * 6 // 10, slots=2)
+    staying = [index for index, block in enumerate(blocks) if plan.tiers[block.name] is Tier.DEVICE]
+    assert 0 < len(staying) < len(blocks) - 2
+    after = (staying[0] + 1) % len(blocks)
+    order = [*range(len(blocks)), staying[0], after, staying[0], after]
+    order += Random(seed).choices(range(len(blocks)), k=30)
+    with Reader(checkpoint) as reader, Ring(blocks, plan, CpuDevice(), reader, once=once) as ring:
+        for index in order:
+            with ring.visit(f"layers.{index}") as weights:
+                expected = weights_of(checkpoint, index)
+                assert all(torch.equal(weights[name], expected[name]) for name in expected), index
+
+
 def test_an_exception_inside_a_block_leaves_the_ring_usable(checkpoint: Checkpoint, blocks: list[Block]) -> None:
     x = torch.randn(2, 64)
     with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
