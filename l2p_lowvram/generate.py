@@ -243,6 +243,7 @@ def make_pictures(run: Run, settings: metadata.RunSettings) -> None:
             label = f"picture {picture.index + 1}/{len(order.pictures)}"
             with run.progress.picture(label, settings.steps):
                 image = _draw(run, settings, picture, positive, negative)
+            run.warn_of_new(run.pipe.warnings)
             saved = _save(run, settings, picture, image)
             run.written.append(saved)
             if not order.options.json:
@@ -254,6 +255,7 @@ def make_pictures(run: Run, settings: metadata.RunSettings) -> None:
     finally:
         run.progress.close()
         run.pipe.on_progress = None
+        run.warn_of_new(run.pipe.warnings)
 
 
 def _encode(run: Run, settings: metadata.RunSettings) -> tuple[Tensor, Tensor | None]:

@@ -27,7 +27,8 @@ from l2p_lowvram.config import DecoderConfig, DecoderLevel, ModelConfig, Samplin
 from l2p_lowvram.errors import NonFiniteError, is_out_of_memory
 from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.profiles import ANY_CPU
-from l2p_lowvram.streaming import MemoryOptions
+from l2p_lowvram.report import PhaseFigures
+from l2p_lowvram.streaming import CONTEXT_BYTES, MemoryOptions
 from l2p_lowvram.whole_file import whole_file
 from offload import BudgetError, CheckpointError
 
@@ -1278,3 +1279,128 @@ def test_a_process_that_is_asked_to_end_leaves_nothing_half_written(
 
     assert ended.value.code == code
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "source", "target"),
+    [
+        ("--text-encoder", "encoder", "encoder/config.json"),
+        ("--tokenizer", "tokenizer.json", "tokenizer.json"),
+        ("--prompt-file", "prompt.txt", "prompt.txt"),
+        ("--model", "set/model.safetensors.index.json", "set/model-1.safetensors"),
+    ],
+)
+def test_a_report_replaces_nothing_that_is_read(
+    capsys: pytest.CaptureFixture[str], option: str, source: str, target: str
+) -> None:
+    for name in ("encoder/config.json", "tokenizer.json", "prompt.txt", "set/model-1.safetensors", f"set/{source}"):
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_text("precious")
+    prompt = [] if option == "--prompt-file" else ["-p", "a fox"]
+
+    assert cli.main(["generate", *prompt, option, source, "--report", target, "--overwrite", "-q"]) == 2
+
+    message = f"error: --report {target}: is read, as {option} says; give another name\n"
+    assert capsys.readouterr().err == message
+    assert Path(target).read_text() == "precious"
+
+
+def test_a_report_under_the_name_of_a_preview_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p").mkdir()
+
+    message = refused(capsys, "--seed", "1", "--preview", "p", "--report", "p/1_step_001.png")
+
+    assert message == "p/1_step_001.png: is a name that --preview p gives; give another"
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"vram": 1024 * MIB + CONTEXT_BYTES, "ram": MIB}, 0),
+        ({"vram": 1024 * MIB + CONTEXT_BYTES - 1, "ram": 1 << 50}, 5),
+        ({}, 5),
+    ],
+    ids=["kept", "broken", "more than planned"],
+)
+def test_on_a_card_the_budget_is_that_of_its_memory_and_counts_the_context(
+    capsys: pytest.CaptureFixture[str],
+    pipeline: type[FakePipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, int],
+    code: int,
+) -> None:
+    load = pipeline.from_pretrained
+
+    def load_on_a_card(model: str, **given: Any) -> FakePipeline:
+        loaded = load(model, **given)
+        loaded.memory = MemoryOptions(**options)
+        loaded.phases = [figures(planned_bytes=planned) for planned in (1, 1024 * MIB)]
+        return loaded
+
+    monkeypatch.setattr(pipeline, "from_pretrained", load_on_a_card)
+    monkeypatch.setattr(generate_module, "peak_device_bytes", lambda device: 1024 * MIB)
+
+    assert run(capsys, "--seed", "1", "--strict-budget")[0] == code
+
+
+@pytest.mark.parametrize("ram", [["--ram", "1TiB"], []])
+def test_mapped_weights_count_towards_the_budget(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch, ram: list[str]
+) -> None:
+    load = pipeline.from_pretrained
+
+    def load_mapped(model: str, **given: Any) -> FakePipeline:
+        loaded = load(model, **given)
+        loaded.phases = [figures(mapped_bytes=1 << 40, planned_bytes=1 << 40)]
+        return loaded
+
+    monkeypatch.setattr(pipeline, "from_pretrained", load_mapped)
+
+    assert run(capsys, "--seed", "1", "--strict-budget", *ram)[0] == 5
+
+
+def figures(*, mapped_bytes: int = 0, planned_bytes: int = 0) -> PhaseFigures:
+    return PhaseFigures(
+        phase="48x32", visits=1, read_bytes=0, link_bytes=0, disk_seconds=0.0, disk_rate=None, probed_rate=None,
+        compute_seconds=0.0, wait_seconds=0.0, wait_p50=0.0, wait_p95=0.0, io="read", io_reason="", tiers={}, slots=0,
+        slot_bytes=0, mapped_bytes=mapped_bytes, device_bytes=0, host_bytes=0, planned_bytes=planned_bytes, notes=(),
+    )  # fmt: skip
+
+
+def test_noise_is_drawn_where_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = pipeline.from_pretrained
+
+    def load_elsewhere(model: str, **options: Any) -> FakePipeline:
+        loaded = load(model, **options)
+        loaded.device = torch.device("meta")
+        return loaded
+
+    monkeypatch.setattr(pipeline, "from_pretrained", load_elsewhere)
+
+    for place, expected in (("device", "meta"), ("cpu", "cpu")):
+        assert run(capsys, "--noise-device", place, "--seed", "1", "--overwrite")[0] == 0
+        assert pipeline.last.calls[0]["noise_device"] == expected
+        assert json.loads(text_of("l2p_1.png")["L2P"])["noise_device"] == expected
+
+
+def test_what_the_pipeline_warns_of_while_it_draws_is_told(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory runs out and a step is done again in smaller slices, which changes the picture."""
+    draw, notice = pipeline.__call__, "out of memory in step 1; it is done again in slices of 256 tokens"
+
+    def run_out(self: FakePipeline, **options: Any) -> types.SimpleNamespace:
+        self.warnings = (notice,)
+        return draw(self, **options)
+
+    monkeypatch.setattr(pipeline, "__call__", run_out)
+    code, out, err = run(capsys, "--seed", "1", "2", "--json", "-q")
+
+    assert code == 0
+    assert err == f"warning: {notice}\n"
+    assert json.loads(out)["warnings"] == [notice]

@@ -697,3 +697,17 @@ def test_the_processor_agrees_with_the_made_up_card(checkpoint: Checkpoint, bloc
         on_processor = walk(ring, blocks, x)
 
     assert torch.equal(on_processor, streamed(checkpoint, blocks, device_on(FakeCard()), "all", x))
+
+
+def test_closing_waits_for_the_card_before_memory_goes(checkpoint: Checkpoint, blocks: list[Block]) -> None:
+    """For copies that the courier queued, and for what was computed on the last block."""
+    card = FakeCard()
+    with Reader(checkpoint) as reader:
+        ring = Ring(blocks, plan_for(blocks, "disk"), device_on(card), reader)
+        with ring.visit(blocks[0].name):
+            pass
+        card.calls.clear()
+        ring.close()
+
+    assert [call.stream for call in card.of("synchronize", COURIER)][-1:] == ["copy 1"]
+    assert [call.stream for call in card.of("synchronize", "MainThread")][-1:] == ["compute"]

@@ -1,6 +1,7 @@
 """Parallel reads: every way of reading gives the file's bytes; every fault is named and leaves nothing behind."""
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -17,11 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from offload import Checkpoint, CheckpointError
+from offload import Block, Checkpoint, CheckpointError
 from offload import reading as reading_module
 from offload.blocks import Extent
 from offload.memory import process_memory
+from offload.paged import PagedBlocks
 from offload.reading import DirectFile, IoProbe, Reader, SeekingFile, open_file, probe_io
+from offload.residency import BlockCost, Budget, Rates, plan_residency
 
 IO = ["read", "direct", "mmap"]
 SIZE = 300_000
@@ -368,3 +371,54 @@ def test_the_plainest_way_wins_unless_another_is_clearly_faster(rates: dict[str,
 
     assert probe.io == io
     assert probe.reason.startswith(io)
+
+
+@pytest.mark.parametrize("user", ["a new reader", "an open reader", "mapped pages"])
+def test_of_a_block_in_several_files_each_one_is_checked(tmp_path: Path, user: str) -> None:
+    for number, name in ((1, "w.a"), (2, "w.b")):
+        save_file({name: torch.rand(50, 50)}, tmp_path / f"model-{number}.safetensors")
+    index = {"weight_map": {"w.a": "model-1.safetensors", "w.b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with Checkpoint.open(tmp_path) as checkpoint:
+        block = Block.under(checkpoint, "w.")
+        plan = plan_residency([BlockCost("w", block.nbytes, 1e-3)], Rates(disk=1e9), Budget(1 << 20))
+        buffer = torch.zeros(block.nbytes, dtype=torch.uint8)
+        with Reader(checkpoint) as reader:
+
+            def use() -> None:
+                if user == "a new reader":
+                    Reader(checkpoint)
+                elif user == "an open reader":
+                    reader.submit("w", block.layout.extents, buffer)
+                else:
+                    with PagedBlocks(checkpoint, [block], plan) as paged, paged.visit("w"):
+                        pass
+
+            os.utime(checkpoint.files[1], ns=(1, 1))
+            with pytest.raises(CheckpointError, match=r"model-2\.safetensors: was modified since it was opened"):
+                use()
+
+
+def test_an_error_is_told_when_nothing_is_written_any_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is told may use the buffer for something else."""
+    whole, is_reading = os.preadv, threading.Event()
+
+    def fail_first(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == 0:
+            assert is_reading.wait(10)
+            raise OSError(errno.EIO, "Input/output error")
+        is_reading.set()
+        time.sleep(0.2)
+        return whole(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", fail_first)
+    buffer = torch.zeros(SIZE, dtype=torch.uint8)
+    with Checkpoint.open(path) as checkpoint, Reader(checkpoint, threads=2, piece_bytes=SIZE // 2) as reader:
+        job = reader.submit("layers.3", [Extent(path, 0, SIZE, 0)], buffer)
+        with pytest.raises(OSError, match="Input/output error"):
+            job.wait()
+        then = buffer.clone()
+        time.sleep(0.4)
+
+        assert torch.equal(buffer, then)

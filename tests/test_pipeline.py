@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
 import weakref
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from l2p_lowvram import L2PPipeline, NonFiniteError, devices, pipeline, sampling
+from l2p_lowvram import L2PPipeline, NonFiniteError, devices, pipeline, prompts, sampling
 from l2p_lowvram import model as model_module
 from l2p_lowvram.devices import choose_dtype
 from l2p_lowvram.errors import is_out_of_memory
@@ -679,3 +680,73 @@ def test_devices_and_dtypes_that_cannot_be_are_refused(folder: Path, options, me
 def test_a_missing_model_says_how_to_get_one():
     with pytest.raises(FileNotFoundError, match=r"Abiray/L2P: no such model file or folder; if this is a Hugging Face"):
         L2PPipeline.from_pretrained("Abiray/L2P")
+
+
+@pytest.mark.parametrize("changed", ["tokenizer", "configuration", "processor"])
+def test_all_that_features_come_from_is_in_the_cache_key(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    encoded: list[int] = []
+
+    def encode() -> Tensor:
+        with L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=tmp_path / "cache") as pipe:
+            assert pipe.text_encoder is not None
+            whole = pipe.text_encoder.encode
+            monkeypatch.setattr(pipe.text_encoder, "encode", lambda ids, *a: encoded.append(1) or whole(ids, *a))
+            return pipe.encode_prompt("a cat")
+
+    first, again = encode(), encode()
+    tokenizer, config = folder / "tokenizer" / "tokenizer.json", folder / "text_encoder" / "config.json"
+    if changed == "tokenizer":
+        values = json.loads(tokenizer.read_text())
+        vocabulary = values["model"]["vocab"]
+        vocabulary["a"], vocabulary["Ġcat"] = vocabulary["Ġcat"], vocabulary["a"]
+        tokenizer.write_text(json.dumps(values))
+    elif changed == "configuration":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "rope_theta": 100.0}))
+    else:
+        monkeypatch.setattr(prompts, "device_name", lambda device: "cpu with other vectors")
+    second = encode()
+
+    assert len(encoded) == 2
+    assert torch.equal(first, again)
+    assert torch.equal(first, second) == (changed == "processor")
+
+
+def test_features_changed_in_place_between_two_calls_are_refined_anew(pipe: L2PPipeline) -> None:
+    prompt = features(70)
+    first = pipe(prompt_embeds=prompt, seed=1, **FAST).images
+
+    prompt.neg_()
+    second = pipe(prompt_embeds=prompt, seed=1, **FAST).images
+
+    pipe(prompt_embeds=features(71), seed=1, **FAST)  # nothing of the calls before is kept any more
+    assert not torch.equal(first, second)
+    assert torch.equal(second, pipe(prompt_embeds=-features(70), seed=1, **FAST).images)
+
+
+def test_every_picture_of_a_batch_has_its_own_negative_prompt_and_generator(pipe: L2PPipeline) -> None:
+    positives, negatives = [features(1), features(5)], [features(2), features(6)]
+    together = pipe(
+        prompt_embeds=positives,
+        negative_prompt_embeds=negatives,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(20, 24)],
+        num_images_per_prompt=2,
+        **FAST,
+    ).images
+
+    for index, prompt in enumerate([0, 0, 1, 1]):
+        alone = pipe(
+            prompt_embeds=positives[prompt], negative_prompt_embeds=negatives[prompt], seed=20 + index, **FAST
+        ).images
+        assert torch.equal(together[index], alone[0])
+
+
+def test_the_timestep_is_rounded_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = goldens.write_checkpoint("a_mini", tmp_path)
+    pictures = []
+    for flag in (False, True):
+        with L2PPipeline.from_pretrained(path, dtype="fp32", bf16_timestep=flag) as pipe:
+            pictures.append(pipe(prompt_embeds=features(1), seed=1, **{**FAST, "num_inference_steps": 3}).images)
+
+    assert 0 < (pictures[0] - pictures[1]).abs().max() < 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from l2p_lowvram.cli import main
 from l2p_lowvram.comparison import ReadableLayout, layer_errors
 from l2p_lowvram.conversion import Recipe, Rewriting, RowReader, read_any_layout
 from l2p_lowvram.encoder import read_encoder_layout
-from l2p_lowvram.export import ORIGINAL, LayoutStyle, quantized_state, row_runs, save_checkpoint, save_model
+from l2p_lowvram.export import (
+    ORIGINAL,
+    LayoutStyle,
+    QuantizedWeight,
+    quantized_state,
+    row_runs,
+    save_checkpoint,
+    save_model,
+)
 from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.linear import hadamard
@@ -614,3 +623,42 @@ def test_large_weights_are_quantised_in_cached_runs_with_the_same_bits() -> None
         absmax = weight.float().abs().amax(1, keepdim=True) if name == "row" else weight.float().abs().amax()
         assert torch.equal(scale, absmax / 127)
         assert torch.equal(stored, (weight.float() / scale).round().to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("first", "scheme", "found"),
+    [
+        ("row", "convrot16", ("I8", "row", 16)),
+        ("row", "tensor", ("I8", "tensor", None)),
+        ("tensor", "row", ("I8", "row", None)),
+        ("convrot16", "row", ("I8", "row", None)),
+        ("fp8", "tensor", ("I8", "tensor", None)),
+    ],
+)
+def test_what_is_stored_in_another_scheme_is_made_anew(
+    tmp_path: Path, first: str, scheme: str, found: tuple[str, str, int | None]
+) -> None:
+    save_checkpoint(tmp_path / "first.safetensors", STATE, CONFIG, scheme=first)
+
+    assert run("quantize", tmp_path / "first.safetensors", tmp_path / "q.safetensors", "--scheme", scheme, "-q") == 0
+
+    with Checkpoint.open(tmp_path / "q.safetensors") as checkpoint:
+        layers = read_layout(checkpoint).quantized.values()
+    assert len(layers) == 5 * CONFIG.n_layers
+    assert {(one.dtype, one.granularity, one.rotation and one.rotation.group) for one in layers} == {found}
+
+
+@pytest.mark.parametrize("scheme", ["row", "tensor"])
+def test_a_layer_that_asks_for_full_precision_goes_on_asking(tmp_path: Path, scheme: str) -> None:
+    """Whether it is kept or quantised anew: else its activations would be quantised, too."""
+    state, name = quantized_state(STATE, "row"), "layers.1.feed_forward.w2"
+    weight = state[f"{name}.weight"]
+    assert isinstance(weight, QuantizedWeight)
+    state[f"{name}.weight"] = replace(weight, full_precision_matmul=True)
+    save_model(tmp_path / "first.safetensors", state, CONFIG)
+
+    assert run("quantize", tmp_path / "first.safetensors", tmp_path / "q.safetensors", "--scheme", scheme, "-q") == 0
+
+    with Checkpoint.open(tmp_path / "q.safetensors") as checkpoint:
+        layers = read_layout(checkpoint).quantized
+    assert [module for module, layer in layers.items() if layer.full_precision_matmul] == [name]

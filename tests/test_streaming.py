@@ -6,8 +6,9 @@ import errno
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,13 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from l2p_lowvram import L2PPipeline, cli, streaming
+import offload.cuda
+from l2p_lowvram import L2PPipeline, cli, linear, selftest, streaming
 from l2p_lowvram.layout import read_layout
+from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.model_weights import StreamedWeights, cut_into_blocks
 from l2p_lowvram.report import phase_table
 from l2p_lowvram.repository import locate_model
 from l2p_lowvram.selftest import DelayedReader
-from l2p_lowvram.streaming import MemoryOptions, Streamer, Work
+from l2p_lowvram.streaming import CONTEXT_BYTES, WORKSPACE_BYTES, MemoryOptions, Streamer, Work
+from l2p_lowvram.synthetic import mini_config, random_state_dict
+from l2p_lowvram.tilings import device_activations, tilings
 from l2p_lowvram.weights import build_transformer, lent, load_transformer
 from offload import (
     BudgetError,
@@ -35,6 +40,7 @@ from offload import (
 )
 from offload.reading import ReadJob
 from tests import goldens
+from tests.live_bytes import LiveBytes
 
 STEPS = 3
 FAST = {"width": 64, "height": 32, "num_inference_steps": STEPS, "output_type": "pt", "seed": 1}
@@ -438,3 +444,79 @@ def test_the_demo_draws_the_same_picture_within_every_ram(tmp_path: Path, capsys
 def test_the_selftest_passes_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["selftest"]) == 0
     assert "DIFFERENT" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [1e-7, float("nan")], ids=["last bit", "poison"])
+def test_the_selftest_tells_a_picture_that_differs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    drawn: list[bool] = []
+
+    def draw(pipe: L2PPipeline, features: Sequence[Tensor]) -> Tensor:
+        drawn.append(pipe.memory.poison)
+        return torch.full((1, 3, 4, 4), value if len(drawn) == 3 else 0.0)
+
+    monkeypatch.setattr(selftest, "_draw", draw)
+
+    assert cli.main(["selftest"]) == 1
+    told = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert told.count("DIFFERENT") == 1
+    assert drawn[:3] == [False, True, True]
+
+
+def work_of(model: Path, **options: Any) -> Work:
+    with Checkpoint.open(model) as checkpoint:
+        return Work("64x32", cut_into_blocks(read_layout(checkpoint))[0], {}, activations=0, **options)
+
+
+@pytest.mark.parametrize(("device", "vram"), [("cpu", None), ("cuda", 4 << 30)])
+def test_what_phases_that_stay_open_hold_is_in_the_plan_of_the_next(model: Path, device: str, vram: int | None) -> None:
+    streamer = Streamer(torch.device(device), MemoryOptions(vram=vram, ram=4 << 30, io="read"))
+    other: Any = SimpleNamespace(device_bytes=1 << 30, host_bytes=1 << 28)
+
+    alone, beside = (streamer.plan(work_of(model), None, streams) for streams in ((), [other]))
+
+    assert beside.device_bytes == alone.device_bytes + (1 << 30)
+    assert beside.tiers == alone.tiers
+
+
+def test_pins_and_slots_are_those_that_were_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(offload.cuda, "CudaDevice", lambda device, **options: asked.append(options["pin_limit"]))
+    monkeypatch.setattr(streaming, "available_device_bytes", lambda device: 8 << 30)
+    vram, plans = CONTEXT_BYTES + WORKSPACE_BYTES + 3_100_000, []
+
+    for pin, slots in ((0, 2), (1 << 30, 9)):
+        streamer = Streamer(torch.device("cuda", 0), MemoryOptions(vram, ram=4 << 30, pin=pin, slots=slots))
+        streamer.ring_device()
+        plans.append(streamer.plan(work_of(model), None))
+
+    assert asked == [0, 1 << 30]
+    assert [plan.count(Tier.PINNED) > 0 for plan in plans] == [False, True]
+    assert plans[1].slots == 9
+    assert plans[0].ring_bytes < plans[1].ring_bytes
+
+
+def test_a_step_on_the_cpu_holds_no_more_than_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and estimates included, which here are most of it."""
+    monkeypatch.setattr(linear, "CPU_SLICE_BYTES", 1 << 18)
+    config = mini_config(16, dim=32, n_heads=1)
+    model = L2PTransformer(config)
+    model.load_state_dict(random_state_dict(config))
+    with L2PPipeline(model.requires_grad_(False)) as pipe:
+        work = pipe.work(512, 512, 3, 2.0, 32)
+        *_, tiling = tilings(config, work)
+        monkeypatch.setattr(pipe.weights, "open", lambda work: tiling)
+        gc.collect()
+        with LiveBytes() as live:
+            before = live.restart()
+            pipe(
+                prompt_embeds=[torch.randn(9, config.caption_dim) for _ in range(3)],
+                negative_prompt_embeds=torch.randn(9, config.caption_dim),
+                **{**FAST, "width": 512, "height": 512, "num_inference_steps": 2},
+                callback_on_step_end=lambda *_: None,
+            )
+
+    planned = device_activations(config, work, tiling, on_cpu=True)
+    assert 0.55 * planned < live.peak - before <= planned
+    assert work.host_bytes > planned / 2

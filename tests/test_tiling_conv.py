@@ -178,3 +178,19 @@ def test_tiles_keep_every_output_once_and_crops_agree(depth: int, cells: int, ti
 def test_what_has_no_exact_tiles_is_refused(make, message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"),
+        nn.MaxPool2d(3, 2, 1, dilation=2),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Upsample(scale_factor=1.5),
+    ],
+    ids=str,
+)
+def test_layers_whose_settings_look_elsewhere_are_refused(module: nn.Module) -> None:
+    with pytest.raises(ValueError, match="has no exact tiles that follow from its settings"):
+        layers_of(nn.Sequential(module))
