@@ -17,6 +17,7 @@ Anything else keeps its traceback and exits with 1. torch is imported by the com
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -76,6 +77,9 @@ examples:
 # Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that read
 # weights, and lose far more by it than waking up takes; GNU's do so for some microseconds, which bridges the gap
 # between two layers' slices.
+# Arguments that name files or folders.
+_NAMES = ("model", "text_encoder", "tokenizer", "prompt_file", "image", "output", "preview", "report", "file", "input")
+
 OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 
 
@@ -101,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lost_output()  # of an earlier command in this process
     try:
         arguments = build_parser().parse_args(argv)
+        _refuse_empty_names(arguments)
+        # Before torch, which imports it, too, and throws away what a signal raises meanwhile.
+        importlib.import_module("numpy")
         command: Callable[[argparse.Namespace], int] = arguments.command
         code = command(arguments)
         return EXIT_INPUT if code == 0 and lost_output() else code
@@ -118,6 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except SystemExit as stop:  # argparse after --help and --version
         return int(stop.code or 0)
+
+
+def _refuse_empty_names(arguments: argparse.Namespace) -> None:
+    """As an unset variable of the shell leaves them: taken for the folder at hand, or for no option at all."""
+    for name in _NAMES:
+        if getattr(arguments, name, None) == "":
+            said = name.upper() if name in ("file", "input") else f"--{name.replace('_', '-')}"
+            raise InputError(f"{said} is empty; name a file or folder")
 
 
 def generate_command(arguments: argparse.Namespace) -> int:
@@ -172,13 +187,17 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 
 def profile_command(arguments: argparse.Namespace) -> int:
-    from .paths import belongs_to, expanded
+    from .order import check_free
+    from .paths import belongs_to, expanded, parts_of
     from .profiles import as_json, as_text, measure_here
 
     with user_input():
         output = None if arguments.output is None else Path(arguments.output)
-        if output is not None and arguments.model is not None and belongs_to(output, expanded(arguments.model)):
-            raise InputError(f"{output}: belongs to the --model that is to be measured; name another file")
+        measured = () if arguments.model is None else parts_of(expanded(arguments.model))
+        if output is not None:
+            if any(belongs_to(output, part) for part in measured):
+                raise InputError(f"{output}: belongs to the --model that is to be measured; name another file")
+            check_free(output, "--output", overwrite=arguments.overwrite)
         profile = measure_here(arguments.device, arguments.dtype, arguments.model)
         if output is not None:
             from .whole_file import whole_file

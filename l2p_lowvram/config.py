@@ -24,6 +24,8 @@ NORM_EPS = 1e-5
 DEFAULT_ROPE_AXES = {128: (32, 48, 48)}
 
 
+# Of a picture, in pixels: far more than any model draws, and what planning takes a minute to refuse.
+MAX_SIDE = 65_536
 _LARGEST_DEFAULT = 1_000_000  # of any sampling default: a file's word is not taken for more
 
 
@@ -146,6 +148,8 @@ class ModelConfig:
                 below, above = value // step * step, (max(value, 0) // step + 1) * step
                 nearest = f"nearest are {below} and {above}" if below > 0 else f"the smallest is {step}"
                 raise ValueError(f"{side} must be a multiple of {step} pixels for this model, got {value}; {nearest}")
+            if value > MAX_SIDE:
+                raise ValueError(f"{side} must be at most {MAX_SIDE} pixels, got {value}")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError where CUDA is compiled out
-        reason = str(error).splitlines()[0]
+    # torch raises AssertionError where CUDA is compiled out, ImportError for kinds that others add to it.
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); try auto or cpu") from error
     if place.type == "meta":
         raise ValueError("device 'meta' computes nothing; try auto or cpu")

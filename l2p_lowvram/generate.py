@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from .tilings import PictureWork
 
 # 4 and below are the command line's own.
-EXIT_BUDGET = 5
+EXIT_MISPLACED, EXIT_BUDGET = 2, 5
 # Of a prompt that nobody has tokenised yet, for the plan.
 _EXPECTED_TOKENS = 64
 DEMO_NOTICE = (
@@ -54,6 +55,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     written: list[Picture] = field(default_factory=list)
+    misplaced: bool = False  # a picture that is not where it was asked for
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -74,12 +76,12 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
     Raises InputError, NonFiniteError or KeyboardInterrupt; pictures finished by then stay, and are in the report.
     """
     started = time.perf_counter()
-    order = take_order(options, model or "demo")
-    notices = []
-    if model is None:
-        notices.append(DEMO_NOTICE)
-        say(DEMO_NOTICE)
     with MemoryWatch() as watch:
+        order = take_order(options, model or "demo")
+        notices = []
+        if model is None:
+            notices.append(DEMO_NOTICE)
+            say(DEMO_NOTICE)
         run = Run(order, _load(order, prompt_cache), Progress(quiet=options.quiet), order.preview, notices)
         try:
             run.add_seconds("load", time.perf_counter() - started)
@@ -101,6 +103,8 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
     _deliver(options, report)
     if not options.quiet:
         _summarise(run, report)
+    if run.misplaced:
+        return EXIT_MISPLACED
     return EXIT_BUDGET if options.strict_budget and _breaks_budget(report) else 0
 
 
@@ -192,6 +196,9 @@ def resolve_settings(run: Run) -> metadata.RunSettings:
         images.check_side(run.preview.file(order.pictures[0].seed, 0), width, height)
     if order.image is not None and order.image.width * height != order.image.height * width:
         run.warn(f"the init image is {order.image.width}x{order.image.height}, stretched to {width}x{height}")
+    if order.image is not None:
+        # Now: a photograph can be larger than the whole budget, and would be held to the end.
+        run.order = order = replace(order, image=images.resized(order.image, width, height))
 
     cfg_scale = defaults.cfg_scale if options.cfg_scale is None else options.cfg_scale
     if order.negative_prompt and cfg_scale == 1:
@@ -309,18 +316,32 @@ def _save(run: Run, settings: metadata.RunSettings, picture: Picture, image: Ima
         text = metadata.text_entries(settings.with_seed(picture.seed), run.pipe.identity)
     quality = images.DEFAULT_QUALITY if options.quality is None else options.quality
     started = time.perf_counter()
-    for path in _names_beside(picture.path):
-        try:
-            images.save_image(image, path, text=text, overwrite=options.overwrite, quality=quality)
-        except (FileExistsError, IsADirectoryError):
-            continue
-        except OSError as error:  # the disk is full
-            raise InputError(describe_os_error(error)) from error
-        break
-    if path != picture.path:
-        run.warn(f"{picture.path} was made by another program meanwhile; the picture is in {path}")
+
+    def save(first: Path, *, overwrite: bool) -> Path:
+        for path in _names_beside(first):
+            with suppress(FileExistsError, IsADirectoryError):
+                images.save_image(image, path, text=text, overwrite=overwrite, quality=quality)
+                break
+        return path
+
+    try:
+        path = save(picture.path, overwrite=options.overwrite)
+        if path != picture.path:
+            run.warn(f"{picture.path} was made by another program meanwhile; the picture is in {path}")
+    except OSError as error:  # the disk is full, the folder gone: what took hours to draw is kept where there is room
+        path = _save_elsewhere(picture.path.name, save, error)
+        run.warn(f"{describe_os_error(error)}; the picture is in {path}")
+        run.misplaced = True
     run.add_seconds("save", time.perf_counter() - started)
     return replace(picture, path=path)
+
+
+def _save_elsewhere(name: str, save: Callable[..., Path], error: OSError) -> Path:
+    """In the folder at hand, or that of temporary files. Raises InputError for `error` where neither takes it."""
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            return save(folder / name, overwrite=False)
+    raise InputError(describe_os_error(error)) from error
 
 
 def _names_beside(path: Path) -> Iterator[Path]:
@@ -334,6 +355,8 @@ def _save_preview(run: Run, picture: Picture, step: int, denoised: Tensor) -> No
         return
     path = run.preview.file(picture.seed, step)
     try:
+        if run.preview.is_folder:
+            run.preview.path.mkdir(exist_ok=True)
         images.save_image(images.to_pil(denoised[:1])[0], path, overwrite=True)
     except OSError as error:  # the picture itself matters more
         run.preview = None

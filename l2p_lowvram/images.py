@@ -46,6 +46,8 @@ FORMATS: Mapping[str, ImageFormat] = MappingProxyType(
         ".webp": ImageFormat("WEBP", 16_383, lossy=True),
     }
 )
+# Where a picture may say how it is to be turned.
+_TURNING_NOTES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 # By EXIF's orientation; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,11 +80,14 @@ def from_pil(image: Image.Image, width: int, height: int) -> Tensor:
     Turned as its EXIF says, made RGB, and resized (Lanczos, without keeping the aspect ratio) only
     where the size differs.
     """
-    image = _upright_rgb(image)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image = resized(_upright_rgb(image), width, height)
     levels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)[None]
     return levels.to(torch.float32, memory_format=torch.contiguous_format) * (2 / 255) - 1
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """By Lanczos, without keeping the aspect ratio; itself where it has that size."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -99,7 +104,9 @@ def read_image(path: Path) -> Image.Image:
                 image = Image.open(file, formats=_READ_FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return _upright_rgb(image)
+            picture = _upright_rgb(image)
+            picture.load()  # as long as the file is open
+            return picture
         except UnidentifiedImageError:
             raise ValueError(f"{path}: not a picture in {', '.join(_READ_FORMATS)} format") from None
         except Image.DecompressionBombError:
@@ -162,8 +169,10 @@ def upright(image: Image.Image) -> Image.Image:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever Pillow's reader thinks of damaged EXIF; the picture itself is not damaged
         turn = None
+    if turn is None and not any(note in image.info for note in _TURNING_NOTES):
+        return image
     image = image.copy() if turn is None else image.transpose(turn)
-    for note in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+    for note in _TURNING_NOTES:
         image.info.pop(note, None)
     return image
 
@@ -178,7 +187,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(grey.astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _png_options(text: Mapping[str, str]) -> dict[str, Any]:

@@ -7,14 +7,14 @@ import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import images
 from .config import DEFAULT_STRENGTH
-from .paths import DEMO, belongs_to, destination, expanded, same_file_key
+from .paths import DEMO, belongs_to, destination, expanded, parts_of, same_file_key
 from .user_input import InputError, user_input
 from .whole_file import require_replaceable
 
@@ -84,7 +84,7 @@ def take_order(options: argparse.Namespace, model: str) -> Order:
                 raise InputError(f"{name} {path}: no such file or folder")
         report = None if options.report is None else Path(options.report)
         if report is not None:
-            _check_free(report, "--report", overwrite=options.overwrite)
+            check_free(report, "--report", overwrite=options.overwrite)
         prompt = read_prompt(options.prompt, options.prompt_file)
         seeds = choose_seeds(options.seed, options.count)
         pictures = name_pictures(options.output, seeds)
@@ -102,8 +102,8 @@ def take_order(options: argparse.Namespace, model: str) -> Order:
         return Order(model, prompt, negative, pictures, preview, image, digest, options)
 
 
-def _inputs(options: argparse.Namespace, model: str) -> dict[str, Path]:
-    """The files that a run reads, by the option that names them."""
+def _inputs(options: argparse.Namespace, model: str) -> list[tuple[str, Path]]:
+    """The files that a run reads, and the options that name them."""
     named = {
         "--image": options.image,
         "--prompt-file": options.prompt_file,
@@ -111,11 +111,16 @@ def _inputs(options: argparse.Namespace, model: str) -> dict[str, Path]:
         "--text-encoder": options.text_encoder,
         "--tokenizer": options.tokenizer,
     }
-    return {option: expanded(path) for option, path in named.items() if path is not None}
+    found = {option: expanded(path) for option, path in named.items() if path is not None}
+    return [
+        (option, part)
+        for option, path in found.items()
+        for part in (parts_of(path) if option in ("--model", "--text-encoder") else [path])
+    ]
 
 
 def _check_apart(
-    pictures: Sequence[Picture], preview: Preview | None, report: Path | None, read: Mapping[str, Path]
+    pictures: Sequence[Picture], preview: Preview | None, report: Path | None, read: Sequence[tuple[str, Path]]
 ) -> None:
     """Raise InputError where one file would be written twice, or written while it is read.
 
@@ -133,7 +138,7 @@ def _check_apart(
         other = written.setdefault(same_file_key(path), option)
         if other != option:
             raise InputError(f"{path}: is named by both {option} and {other}")
-        for name, source in read.items():
+        for name, source in read:
             if belongs_to(path, source):
                 raise InputError(f"{option} {path}: is read, as {name} says; give another name")
 
@@ -219,10 +224,10 @@ def name_pictures(pattern: str, seeds: Sequence[int]) -> tuple[Picture, ...]:
 def _check_destination(path: Path, *, overwrite: bool) -> None:
     """Raise InputError unless a picture can be saved there, as far as that can be told beforehand."""
     images.image_format(path)
-    _check_free(path, "--output", overwrite=overwrite)
+    check_free(path, "--output", overwrite=overwrite)
 
 
-def _check_free(path: Path, option: str, *, overwrite: bool) -> None:
+def check_free(path: Path, option: str, *, overwrite: bool) -> None:
     """Raise InputError or OSError unless a file can be written there, as far as that can be told beforehand."""
     require_replaceable(path)
     named = str(path) if option == "--output" else f"{option} {path}"
@@ -237,16 +242,19 @@ def _check_free(path: Path, option: str, *, overwrite: bool) -> None:
 
 
 def _take_preview(path: Path, pictures: Sequence[Picture], *, overwrite: bool) -> Preview:
-    """A file if the name ends like one, else a folder, which is made. A run's previews replace each other, and files
-    that were there before only with `overwrite`."""
+    """A file if the name ends like one, else a folder, which is made with the first preview. A run's previews replace
+    each other, and files that were there before only with `overwrite`."""
     if path.suffix.lower() in images.FORMATS and not path.is_dir():
         images.image_format(path)
-        _check_free(path, "--preview", overwrite=overwrite)
+        check_free(path, "--preview", overwrite=overwrite)
         return Preview(path, is_folder=False)
     if path.suffix and not path.is_dir():
         images.image_format(path)  # raises: a name that ends like a picture's is no folder's
-    path.mkdir(exist_ok=True)
-    if not os.access(path, os.W_OK | os.X_OK):
+    if not os.path.lexists(path):
+        check_free(path, "--preview", overwrite=overwrite)
+    elif not path.is_dir():
+        raise InputError(f"{path}: is no folder; give another --preview")
+    elif not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"{path}: the preview folder is not writable")
     preview = Preview(path, is_folder=True)
     for picture in pictures:

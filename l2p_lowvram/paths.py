@@ -8,6 +8,9 @@ from pathlib import Path
 
 from offload.checkpoint import INDEX_SUFFIX
 
+# What may lie beside a file of weights and be read with it.
+_BESIDE = ("l2p.json", "config.json", "tokenizer.json", "tokenizer", "text_encoder")
+
 # In place of a path: the model that comes along.
 DEMO = "demo"
 
@@ -29,6 +32,11 @@ def destination(path: Path) -> Path:
 def same_file_key(path: Path) -> str:
     """Equal for two names of one place, whether there is a file yet or not."""
     return os.path.normcase(os.path.realpath(path))
+
+
+def parts_of(path: Path) -> list[Path]:
+    """A model or text encoder, and what is read along with a file of that name, whether it is there or not."""
+    return [path] if path.is_dir() else [path, *(path.parent / name for name in _BESIDE)]
 
 
 def belongs_to(path: Path, source: Path) -> bool:

@@ -16,7 +16,7 @@ from offload import BudgetError, Rates, ResidencyPlan, Tier, format_bytes
 from offload.residency import predict_stall
 
 from .compute import AUTO, LayerSize, may_take_int8
-from .config import ModelConfig
+from .config import MAX_SIDE, ModelConfig
 from .devices import DTYPES, stream_dtype
 from .model_weights import LOCAL_DECODER, visit_seconds
 from .profiles import DeviceProfile
@@ -30,7 +30,6 @@ _CACHED_RATE = 5e9
 # Bytes of host memory per pixel while a picture is saved: 8-bit pixels, their copy in the encoder.
 _SAVED_PIXEL_BYTES = 6
 _SAVED_PIXELS_PER_SECOND = 10e6
-_LARGEST_SIDE = 65_536
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,7 @@ class Planner:
     def _largest(self, request: PlanRequest) -> tuple[int, int] | None:
         """The largest picture of about the same shape that fits; None where none does."""
         step = self.config.size_multiple
-        low, high = 0, min(max(request.width, request.height), _LARGEST_SIDE) // step
+        low, high = 0, min(max(request.width, request.height), MAX_SIDE) // step
         while low < high:
             middle = (low + high + 1) // 2
             if self._fits(request, *self._scaled(request, middle)):

@@ -18,7 +18,7 @@ import torch
 
 from offload import Checkpoint, available_device_bytes, format_bytes, probe_io
 
-from .devices import choose_device, choose_dtype
+from .devices import DTYPES, choose_device, choose_dtype
 
 REACHED = 0.5
 _GIB = 1 << 30
@@ -95,8 +95,23 @@ def choose_profile(name: str | None, *, vram: int | None, dtype: str) -> DeviceP
     if name is not None:
         profile = find_profile(name)
     else:
-        profile = ANY_CARD if vram is not None or torch.cuda.is_available() else ANY_CPU
+        profile = _of_this_machine(has_budget=vram is not None)
     return profile if dtype == "auto" else replace(profile, dtype=dtype)
+
+
+def _of_this_machine(*, has_budget: bool) -> DeviceProfile:
+    """Memory and dtype as they are here, rates as a guess. has_budget: for a card, whether there is one or not."""
+    if torch.cuda.is_available():
+        card = torch.device("cuda")
+        memory = available_device_bytes(card) or ANY_CARD.memory
+        return replace(ANY_CARD, memory=memory, dtype=_name_of(choose_dtype(None, card)))
+    if has_budget:
+        return ANY_CARD
+    return replace(ANY_CPU, dtype=_name_of(choose_dtype(None, torch.device("cpu"))))
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def find_profile(name: str) -> DeviceProfile:

@@ -26,18 +26,22 @@ def format_bytes(nbytes: int) -> str:
     return f"{value * 1024:.2f} {_BINARY_UNITS[-1]}"
 
 
-def parse_bytes(size: str | int) -> int:
-    """Read a byte count: `"6GiB"`, `"1.5 GiB"`, `"4G"`, `"500MB"`, `"1048576"`, or an int as it is.
+def parse_bytes(size: str | float) -> int:
+    """Read a byte count: `"6GiB"`, `"1.5 GiB"`, `"4G"`, `"500MB"`, `"1048576"`, or a whole number as it is.
 
     `K`, `M`, `G`, `T` alone mean powers of 1024, as `KiB` … `TiB` do; `KB` … `TB` are powers of 1000.
     Fractions of a byte are dropped. Raises ValueError for anything else, negative numbers included.
     """
     if isinstance(size, bool):
         raise ValueError(f"size must be a number of bytes, got {size}; try 6GiB")
+    if isinstance(size, float) and size.is_integer():
+        size = int(size)  # 4e9
     if isinstance(size, int):
         if size < 0:
             raise ValueError(f"size must not be negative, got {size} B")
         return size
+    if not isinstance(size, str):
+        raise ValueError(f"size must be a whole number of bytes, or text such as 6GiB, got {size!r}")
     match = _SIZE.fullmatch(size.strip())
     if match is None:
         raise ValueError(f"cannot read {size!r} as a size; write 6GiB, 512MiB, 4G or a number of bytes")

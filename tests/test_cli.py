@@ -538,9 +538,9 @@ def test_an_argument_that_is_no_text_is_refused(capsys: pytest.CaptureFixture[st
         (["--text-encoder", "none"], "--text-encoder none: no such file or folder"),
         (["--tokenizer", "none"], "--tokenizer none: no such file or folder"),
         (["--preview", "none/a.png"], "--preview none/a.png: there is no folder none; make it first"),
-        (["--preview", "none/steps"], "none/steps: no such file or directory"),
+        (["--preview", "none/steps"], "--preview none/steps: there is no folder none; make it first"),
         (["--preview", "l2p_1.png", "--seed", "1"], "l2p_1.png: is named by both --preview and --output"),
-        (["--preview", "taken"], "taken: file exists"),
+        (["--preview", "taken"], "taken: is no folder; give another --preview"),
         (["--vram", "much"], "argument --vram: cannot read 'much' as a size; write 6GiB"),
         (["--io", "tape"], "argument --io: invalid choice: 'tape'"),
         (["--report", "none/a.json"], "--report none/a.json: there is no folder none; make it first"),
@@ -910,6 +910,92 @@ def test_a_link_that_may_be_overwritten_stays_one(capsys: pytest.CaptureFixture[
     assert Path("link.png").is_symlink()
     assert images.read_image(Path("elsewhere/target.png")).size == (48, 32)
     assert [path.name for path in Path("elsewhere").iterdir()] == ["target.png"]
+
+
+def test_a_picture_whose_folder_is_gone_is_kept_elsewhere(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = pipeline.__call__
+    Path("gone").mkdir()
+    Path("x.png").write_text("precious")
+
+    def remove_the_folder(self: FakePipeline, **options: Any) -> types.SimpleNamespace:
+        Path("gone").rmdir()
+        return draw(self, **options)
+
+    monkeypatch.setattr(pipeline, "__call__", remove_the_folder)
+
+    code, out, err = run(capsys, "-o", "gone/x.png", "--overwrite")
+
+    there = Path.cwd() / "x-1.png"
+    assert (code, out) == (2, f"{there}\n")
+    assert f"warning: gone/x.png: no such file or directory; the picture is in {there}" in err
+    assert images.read_image(there).size == (48, 32)
+    assert Path("x.png").read_text() == "precious"
+
+
+def test_a_folder_for_previews_is_not_made_for_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "--preview", "steps", "-W", "65")  # and `refused` sees that nothing is left
+
+    assert run(capsys, "--preview", "steps", "--seed", "1")[0] == 0
+    assert len(list(Path("steps").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer/tokenizer.json", "text_encoder/model.safetensors", "l2p.json"]
+)
+def test_what_is_read_beside_a_model_file_is_not_overwritten_either(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    Path("m", name).parent.mkdir(parents=True)
+    Path("m", name).write_text("precious")
+    arguments = ["-m", "m/model.safetensors", "--report", f"m/{name}", "--overwrite"]
+
+    assert cli.main(["generate", "-p", "a fox", *arguments]) == 2
+    assert "is read, as --model says" in capsys.readouterr().err
+    assert cli.main(["profile", "-m", "m/model.safetensors", "-o", f"m/{name}", "--overwrite"]) == 2
+    assert "belongs to the --model" in capsys.readouterr().err
+    assert Path("m", name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("option", ["--model", "--image", "--preview", "--report", "--output", "--tokenizer"])
+def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    """As an unset variable of the shell leaves it."""
+    assert cli.main(["generate", "-p", "a fox", option, ""]) == 2
+    assert capsys.readouterr().err == f"error: {option} is empty; name a file or folder\n"
+    assert cli.main(["inspect", ""]) == 2
+    assert capsys.readouterr().err == "error: FILE is empty; name a file or folder\n"
+
+
+def test_an_init_image_is_held_in_the_size_of_the_picture(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    Image.new("RGB", (480, 320), "teal").save("large.png")
+
+    assert run(capsys, "-i", "large.png", "-W", "48", "-H", "32")[0] == 0
+
+    assert pipeline.last.calls[0]["image"].size == (48, 32)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_torch_is_imported_ends_the_program(tmp_path: Path, name: str, code: int) -> None:
+    """torch imports numpy from C++, where what a signal raises is thrown away."""
+    script = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy._core.multiarray":
+            sys.meta_path.remove(self)  # once: torch goes on without, and Python imports numpy again
+            os.kill(os.getpid(), signal.{name})
+sys.meta_path.insert(0, Finder())
+from l2p_lowvram import cli
+sys.argv = "l2p generate -q -p x --steps 1 -W 32 -H 32 -o".split() + [{str(tmp_path / "x.png")!r}]
+cli.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+
+    assert done.returncode == code, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_is_taken_meanwhile_costs_no_picture(

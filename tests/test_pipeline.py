@@ -667,6 +667,8 @@ def test_text_encoder_of_another_width_is_refused(folder: Path, tmp_path: Path):
     ("options", "message"),
     [
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"device": "hpu"}, "device 'hpu' cannot be used here"),
+        ({"ram": 1.5}, "size must be a whole number of bytes, or text such as 6GiB, got 1.5"),
         ({"device": "teapot"}, "device 'teapot' cannot be used here"),
         ({"dtype": "int8"}, "dtype must be auto, bf16, fp16, fp32, got 'int8'"),
         ({"dtype": torch.int8}, "dtype must be torch.bfloat16, float16 or float32"),

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from l2p_lowvram import cli
-from l2p_lowvram.profiles import PROFILES, DeviceProfile, as_json, find_profile
+from l2p_lowvram import cli, devices, profiles
+from l2p_lowvram.profiles import ANY_CARD, PROFILES, DeviceProfile, as_json, choose_profile, find_profile
 
 
 def test_every_profile_in_the_table_has_a_source_and_its_own_name() -> None:
@@ -14,7 +15,9 @@ def test_every_profile_in_the_table_has_a_source_and_its_own_name() -> None:
     assert {"rtx3060-12g", "rtx4060-laptop-8g", "rtx4090"} <= PROFILES.keys()
 
 
-def test_the_machine_at_hand_is_measured_and_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_machine_at_hand_is_measured_and_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "here.json"
 
     assert cli.main(["profile", "--device", "cpu", "--dtype", "fp32", "-o", str(path), "--json"]) == 0
@@ -23,8 +26,9 @@ def test_the_machine_at_hand_is_measured_and_read_back(tmp_path: Path, capsys: p
     assert json.loads(capsys.readouterr().out) == json.loads(path.read_text()) == json.loads(as_json(profile))
     assert profile.is_cpu
     assert profile.flops > 1e9
+    monkeypatch.setattr(profiles, "measure_here", lambda *_: pytest.fail("measured for nothing"))
     assert cli.main(["profile", "--device", "cpu", "-o", str(path)]) == 2
-    assert "here.json: file exists" in capsys.readouterr().err
+    assert "here.json: exists already; give --overwrite or another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -52,3 +56,25 @@ def test_an_unknown_profile_names_the_known_ones() -> None:
 def test_impossible_figures_are_refused() -> None:
     with pytest.raises(ValueError, match="flops of a device profile must be a positive number, got 0"):
         DeviceProfile("x", 1, 0, None, 1.0, "fp32", "")
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, "bf16"), (False, "fp32")])
+def test_without_a_name_plans_are_for_the_dtype_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(devices, "computes_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert choose_profile(None, vram=None, dtype="auto").dtype == dtype
+    assert choose_profile(None, vram=None, dtype="fp16").dtype == "fp16"
+    assert choose_profile(None, vram=1 << 30, dtype="auto") == ANY_CARD
+
+
+def test_without_a_name_plans_are_for_the_memory_of_the_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(profiles, "available_device_bytes", lambda device: 6 << 30)
+    monkeypatch.setattr(profiles, "choose_dtype", lambda dtype, device: torch.float16)
+
+    profile = choose_profile(None, vram=None, dtype="auto")
+
+    assert (profile.memory, profile.dtype, profile.is_cpu) == (6 << 30, "fp16", False)

@@ -32,6 +32,7 @@ def test_sizes_print_in_binary_units(nbytes: int, text: str) -> None:
     [
         (0, 0),
         (123, 123),
+        (4e9, 4_000_000_000),
         ("123", 123),
         ("512B", 512),
         ("6GiB", 6 << 30),
@@ -45,7 +46,7 @@ def test_sizes_print_in_binary_units(nbytes: int, text: str) -> None:
         ("0.3 KiB", 307),
     ],
 )
-def test_sizes_are_read_with_their_unit(text: str | int, nbytes: int) -> None:
+def test_sizes_are_read_with_their_unit(text: str | float, nbytes: int) -> None:
     assert parse_bytes(text) == nbytes
 
 
