@@ -441,7 +441,18 @@ class Rewriting:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return self.layout.warnings if isinstance(self.layout, ModelLayout) else ()
+        found = self.layout.warnings if isinstance(self.layout, ModelLayout) else ()
+        return (*found, *self._unrotated())
+
+    def _unrotated(self) -> list[str]:
+        """Of a rotating scheme, that it leaves layers alone whose columns its group does not divide."""
+        rotation = None if self.recipe.scheme is None else Scheme.parse(self.recipe.scheme).rotation
+        if rotation is None:
+            return []
+        weights = [value.weight for value in self.state.values() if isinstance(value, QuantizedWeight)]
+        plain = sum(weight.shape[1] % rotation.group > 0 for weight in weights)
+        told = f"{plain} of {len(weights)} layers are not rotated: their columns are no multiple of {rotation.group}"
+        return [told] if plain else []
 
     def check_config(self, path: Path, *, overwrite: bool) -> None:
         """Raise ValueError where `config.json` beside a text encoder at `path` is there and says otherwise."""

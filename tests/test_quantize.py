@@ -662,3 +662,14 @@ def test_a_layer_that_asks_for_full_precision_goes_on_asking(tmp_path: Path, sch
     with Checkpoint.open(tmp_path / "q.safetensors") as checkpoint:
         layers = read_layout(checkpoint).quantized
     assert [module for module, layer in layers.items() if layer.full_precision_matmul] == [name]
+
+
+def test_layers_that_a_rotation_leaves_alone_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path / "plain.safetensors", STATE, CONFIG)
+
+    for group, plain in ((16, 0), (1024, 5 * CONFIG.n_layers)):
+        target = tmp_path / f"{group}.safetensors"
+        scheme = f"convrot{group}"
+        assert run("quantize", tmp_path / "plain.safetensors", target, "--scheme", scheme, "--json", "-q") == 0
+        told = f"{plain} of {5 * CONFIG.n_layers} layers are not rotated: their columns are no multiple of {group}"
+        assert json.loads(capsys.readouterr().out)["warnings"] == ([told] if plain else [])
