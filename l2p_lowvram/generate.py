@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload import MemoryWatch, format_bytes, peak_device_bytes, process_memory, start_device_peak
+from offload import BudgetError, MemoryWatch, format_bytes, peak_device_bytes, process_memory, start_device_peak
 
 from . import images, metadata
 from .console import print_line, say
@@ -89,7 +89,7 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
             with user_input():
                 settings = resolve_settings(run)
                 # Refused now rather than after the text encoder has run.
-                plan = run.pipe.choose_slices(_work(run, settings))
+                plan = _plan(run, settings)
             if not options.quiet:
                 say(f"plan: {plan}")
                 say(f"compute: {run.pipe.compute.told()}")
@@ -106,6 +106,30 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
     if run.misplaced:
         return EXIT_MISPLACED
     return EXIT_BUDGET if options.strict_budget and _breaks_budget(report) else 0
+
+
+def _plan(run: Run, settings: metadata.RunSettings) -> str:
+    """How the run is cut, in words. Raises BudgetError with what the needier of its phases takes, if one does not
+    fit."""
+    refused: list[BudgetError] = []
+    plan = ""
+    try:
+        plan = run.pipe.choose_slices(_work(run, settings))
+    except BudgetError as error:
+        refused.append(error)
+    try:
+        if run.pipe.prompt_encoder is not None:
+            run.pipe.prompt_encoder.require_room(_prompts(settings))
+    except BudgetError as error:
+        refused.append(error)
+    if refused:
+        raise max(refused, key=lambda error: error.needed)
+    return plan
+
+
+def _prompts(settings: metadata.RunSettings) -> list[str]:
+    """Those that are encoded: the negative one only where there is guidance."""
+    return [settings.prompt, settings.negative_prompt] if settings.cfg_scale != 1 else [settings.prompt]
 
 
 def _work(run: Run, settings: metadata.RunSettings) -> PictureWork:
@@ -272,7 +296,7 @@ def _encode(run: Run, settings: metadata.RunSettings) -> tuple[Tensor, Tensor | 
     started = time.perf_counter()
     guided = settings.cfg_scale != 1
     with user_input():
-        found = run.pipe.encode_prompts([settings.prompt, settings.negative_prompt] if guided else [settings.prompt])
+        found = run.pipe.encode_prompts(_prompts(settings))
     run.add_seconds("text encoder", time.perf_counter() - started)
     run.warn_of_new(run.pipe.warnings)
     return found[0], found[1] if guided else None

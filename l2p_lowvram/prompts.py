@@ -42,6 +42,12 @@ class PromptEncoder:
                     self.cache.put(key, features[0].cpu())
         return [known[prompt].to(self.encoder.device, self.encoder.dtype) for prompt in prompts]
 
+    def require_room(self, prompts: Sequence[str]) -> None:
+        """Raise BudgetError unless those that are not in the cache can be encoded."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if self._cached(self._key(prompt)) is None]
+        if missing:
+            self.encoder.require_room([len(self.tokenizer(prompt)) for prompt in missing])
+
     def _key(self, prompt: str) -> str | None:
         if self.cache is None:
             return None

@@ -106,6 +106,11 @@ class StreamedTextEncoder:
         with lent(self._model, {_EMBEDDING: rows}):
             return self._model.prelude(compact.to(self.device), self.dtype)
 
+    def require_room(self, lengths: Sequence[int]) -> None:
+        """Raise BudgetError unless prompts of so many tokens can be encoded together."""
+        with Checkpoint.open(self.path) as checkpoint:
+            self._streamer.require_room(checkpoint, self.work(lengths))
+
     def work(self, lengths: Sequence[int]) -> Work:
         """What encoding prompts of so many tokens asks of the weights."""
         config = self.config

@@ -58,6 +58,7 @@ class FakePipeline:
     draw_error: BaseException | None = None
     plan_error: BaseException | None = None
     has_text_encoder = True
+    prompt_encoder = None
     loads = 0
 
     def __init__(self, model: str, options: dict[str, Any]) -> None:

@@ -520,3 +520,22 @@ def test_a_step_on_the_cpu_holds_no_more_than_was_planned(monkeypatch: pytest.Mo
     planned = device_activations(config, work, tiling, on_cpu=True)
     assert 0.55 * planned < live.peak - before <= planned
     assert work.host_bytes > planned / 2
+
+
+def test_the_smallest_budget_that_is_named_works_for_the_text_encoder_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo's encoder needs more than its transformer does for a small picture."""
+    target = str(tmp_path / "x.png")
+
+    def draw(ram: int) -> tuple[int, str]:
+        arguments = ["-m", "demo", "-q", "-p", "new words", "--no-prompt-cache", "--steps", "1", "-W", "64", "-H", "64"]
+        code = cli.main(["generate", *arguments, "-o", target, "--overwrite", "--ram", str(ram)])
+        return code, capsys.readouterr().err
+
+    code, said = draw(0)
+    least = int(said.split("the nearest plan that fits takes ")[1].split()[0])
+
+    assert code == 2
+    assert draw(least - 1)[0] == 2
+    assert draw(least)[0] == 0
