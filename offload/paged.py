@@ -25,7 +25,7 @@ from torch import Tensor
 
 from offload.blocks import Block, Extent, aligned
 from offload.checkpoint import Checkpoint
-from offload.devices import Cancelled, CourierThread, HostCounter, Wait, aligned_buffer
+from offload.devices import Cancelled, CourierThread, Ended, HostCounter, Wait, aligned_buffer
 from offload.identity import check_before_read
 from offload.mapped import copy_source, is_used_in_place, read_source
 from offload.paging import HUGE_PAGE, PageTable
@@ -110,8 +110,7 @@ class PagedBlocks:
             raise ValueError(f"block {name} cannot be visited: {self._visiting or 'closed'}")
         asked = time.perf_counter()
         index = self._rounds.index[name]
-        was_settled = index in self._settled
-        self._take(index)
+        was_handed = self._take(index)
         self._visiting = f"block {name} is being visited"
         self.visits += 1
         lent = time.perf_counter()
@@ -123,7 +122,7 @@ class PagedBlocks:
             self.timeline.add("compute", name, lent, time.perf_counter())
             if index in self._staying:
                 self._settled.add(index)
-            if not was_settled:
+            if was_handed:
                 self._released.advance()
 
     def _weights(self, block: Block) -> dict[str, Tensor]:
@@ -139,21 +138,27 @@ class PagedBlocks:
             used += aligned(nbytes)
         return weights
 
-    def _take(self, index: int) -> None:
-        """Return once the pages of the block are there; seeks where the courier is elsewhere."""
+    def _take(self, index: int) -> bool:
+        """Return once the pages of the block are there, whether they were brought for this visit; seeks where the
+        courier is elsewhere."""
         if index in self._settled:
-            return  # and the courier is where it was
-        if self._worker is None or self._rounds.next(self._cursor, self._is_moving) != index:
+            return False  # and the courier is where it was
+        expected = self._worker is not None and self._rounds.next(self._cursor, self._is_moving) == index
+        if not expected or self._next_handed() != index:  # whatever was expected, what is brought decides
             self._seek(index)
-        if self._next_handed() != index:  # whatever was expected, what was brought decides
-            self._seek(index)
-            self._next_handed()
+            if index in self._settled:  # it had been brought to stay, and not been asked for yet
+                return False
+            found = self._next_handed()
+            assert found == index, "a courier begins with what was sought"
         self._cursor = index + 1
+        return True
 
-    def _next_handed(self) -> int:
-        """Which block was brought next, waited for."""
+    def _next_handed(self) -> int | None:
+        """Which block was brought next, waited for; None where the courier has nothing more to bring."""
         try:
             self._submitted.wait(self._taken + 1)
+        except Ended:
+            return None
         except BaseException:
             self._stop()
             raise
@@ -241,6 +246,7 @@ class PagedBlocks:
                     unfinished = None
                 self._handed.append(index)
                 self._submitted.advance()
+            self._submitted.fail(Ended())
             while passing:
                 yield self._released, passing[0][0] + 1
                 self._let_go(passing.popleft()[1])

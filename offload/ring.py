@@ -30,7 +30,7 @@ from typing import Protocol
 from torch import Tensor
 
 from offload.blocks import ALIGNMENT, Block, Extent
-from offload.devices import Cancelled, Device, Event, Stream, Wait, Worker
+from offload.devices import Cancelled, Device, Ended, Event, Stream, Wait, Worker
 from offload.residency import ResidencyPlan, SlotCycle, Tier
 from offload.rounds import Rounds
 from offload.timeline import Timeline
@@ -157,19 +157,24 @@ class Ring:
         home = self._homes[index]
         if home.settled is not None:
             return home.settled  # and the courier is where it was
-        if self._worker is None or self._next_moving() != index:
+        expected = self._worker is not None and self._next_moving() == index
+        visit = self._next_handed() if expected else None
+        if visit is None or visit.index != index:  # whatever was expected, what is brought decides
             self._seek(index)
-        visit = self._next_handed()
-        if visit.index != index:  # whatever was expected, what was brought decides
-            self._seek(index)
+            settled = self._homes[index].settled
+            if settled is not None:  # it had been brought to stay, and not been asked for yet
+                return settled
             visit = self._next_handed()
+            assert visit is not None, "a courier begins with what was sought"
         self._cursor = index + 1
         return visit
 
-    def _next_handed(self) -> _Visit:
-        """What the courier hands over next, waited for."""
+    def _next_handed(self) -> _Visit | None:
+        """What the courier hands over next, waited for; None where it has nothing more to bring."""
         try:
             self._submitted.wait(self._taken + 1)
+        except Ended:
+            return None
         except BaseException:
             self._stop()
             raise
@@ -268,6 +273,7 @@ class Ring:
                 pending.append(transfer)
             while pending:
                 yield from self._deliver(pending.popleft())
+            self._submitted.fail(Ended())
         except Exception as error:
             self._submitted.fail(error)
         finally:

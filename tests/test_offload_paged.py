@@ -423,6 +423,24 @@ def test_blocks_that_stay_can_be_visited_out_of_turn(
                 assert pages.has(blocks[index % len(blocks)])
 
 
+def test_what_stays_is_passed_by_in_any_order(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(blocks, int(sum(block.nbytes for block in blocks) * 0.85))
+    assert [index for index, block in enumerate(blocks) if plan.tiers[block.name] is Tier.DEVICE] == [0, 4]
+    pages = Pages(monkeypatch)
+    with PagedBlocks(checkpoint, blocks, plan) as paged:
+        with paged.visit("2"):
+            deadline = time.monotonic() + 10
+            while "4" not in {span.what for span in paged.timeline.lane("disk")}:
+                assert time.monotonic() < deadline
+                time.sleep(1e-3)
+        for index in (4, 1, 2):
+            with paged.visit(f"{index}"):
+                time.sleep(0.05)  # for the courier to let go of what is not in use
+                assert pages.has(blocks[index])
+
+
 def test_closing_from_another_thread_ends_the_wait_for_a_block(
     checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,6 +246,58 @@ def test_blocks_that_stay_can_be_visited_out_of_turn(
                 assert all(torch.equal(weights[name], expected[name]) for name in expected), index
 
 
+@pytest.mark.parametrize("order", [(0, 3, 4), (6,)], ids=["past one that stays", "to one that stays"])
+def test_what_stays_and_what_streams_is_told_apart_in_any_order(
+    checkpoint: Checkpoint, blocks: list[Block], order: tuple[int, ...]
+) -> None:
+    """A block brought to stay, but not asked for yet, is itself when it is visited out of turn."""
+    plan = plan_for(blocks, int(whole(blocks) * 0.7))
+    assert [index for index, block in enumerate(blocks) if plan.tiers[block.name] is Tier.DEVICE] == [3, 6]
+    with Reader(checkpoint) as reader, Ring(blocks, plan, CpuDevice(), reader) as ring:
+        with ring.visit("layers.2"):
+            deadline = time.monotonic() + 10
+            while "layers.6" not in {span.what for span in ring.timeline.lane("disk")}:
+                assert time.monotonic() < deadline
+                time.sleep(1e-3)
+        for index in order:
+            with ring.visit(f"layers.{index}") as weights:
+                for name, expected in weights_of(checkpoint, index).items():
+                    assert torch.equal(weights[name], expected), (index, name)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.55, 0.7, 0.85, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_from_any_block_on_lend_the_right_weights(
+    checkpoint: Checkpoint, blocks: list[Block], share: float, seed: int
+) -> None:
+    """Whatever stays, whatever is ahead, and wherever the run before ended."""
+    random = Random(seed)
+    plan = plan_for(blocks, int(whole(blocks) * share))
+    once = random.choice([(), ("layers.0", "layers.1"), ("layers.1", "layers.4")])
+    with Reader(checkpoint) as reader, Ring(blocks, plan, CpuDevice(), reader, once=once, poison=True) as ring:
+        for _ in range(40):
+            start = random.randrange(7)
+            for index in range(start, min(start + random.choice([1, 2, 7]), 7)):
+                with ring.visit(f"layers.{index}") as weights:
+                    for name, expected in weights_of(checkpoint, index).items():
+                        assert torch.equal(weights[name], expected), (index, name)
+                    time.sleep(random.random() * 1e-3)
+
+
+def test_a_block_visited_once_is_brought_again_after_others_that_stay(
+    checkpoint: Checkpoint, blocks: list[Block]
+) -> None:
+    """The courier ends where all that repeats stays, with one that does not still to come."""
+    plan = plan_for(blocks, 9 * whole(blocks))
+    resident = {name: Tier.DISK if name in ("layers.1", "layers.4") else Tier.DEVICE for name in plan.tiers}
+    tight = plan_for(blocks, whole(blocks) // 2, slots=2)
+    plan = replace(tight, tiers=resident)
+    with Reader(checkpoint) as reader, Ring(blocks, plan, CpuDevice(), reader, once=["layers.1", "layers.4"]) as ring:
+        for index in [*range(7), 1, 4, 1, 2, 4]:
+            with ring.visit(f"layers.{index}") as weights:
+                assert torch.equal(weights["bias"], weights_of(checkpoint, index)["bias"]), index
+
+
 def test_an_exception_inside_a_block_leaves_the_ring_usable(checkpoint: Checkpoint, blocks: list[Block]) -> None:
     x = torch.randn(2, 64)
     with Reader(checkpoint) as reader, Ring(blocks, plan_for(blocks, whole(blocks) // 2), CpuDevice(), reader) as ring:
