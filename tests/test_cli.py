@@ -1,6 +1,7 @@
 """The command line around a pipeline that only draws noise: what is refused, printed, written, returned."""
 
 import argparse
+import hashlib
 import inspect
 import io
 import json
@@ -1491,3 +1492,45 @@ def test_what_the_pipeline_warns_of_while_it_draws_is_told(
     assert code == 0
     assert err == f"warning: {notice}\n"
     assert json.loads(out)["warnings"] == [notice]
+
+
+def test_a_preview_that_its_format_cannot_hold_is_refused_before_the_prompt_is_encoded(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    """Rather than after the first step."""
+    message = refused(capsys, "-W", "32768", "--preview", "now.webp")
+
+    assert message.startswith("now.webp: WEBP holds at most 16383 pixels a side, the picture has 32768x32")
+    assert pipeline.last.encoded == []
+
+
+def test_own_sigmas_leave_no_strength(capsys: pytest.CaptureFixture[str]) -> None:
+    """Their first value says how far to depart."""
+    Image.new("RGB", (48, 32)).save("photo.png")
+
+    message = refused(capsys, "-i", "photo.png", "--sigmas", "0.5", "--strength", "0.5")
+
+    assert message == "--sigmas says everything about the schedule; leave out --strength"
+
+
+def test_the_record_hashes_the_whole_init_image(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file longer than what is read at a time."""
+    noise = np.random.default_rng(0).integers(0, 256, (640, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("photo.png")
+    assert Path("photo.png").stat().st_size > 1 << 20
+
+    run(capsys, "-i", "photo.png", "-W", "32", "-H", "32", "--seed", "1")
+
+    found = json.loads(text_of("l2p_1.png")["L2P"])["image"]["sha256"]
+    assert found == hashlib.sha256(Path("photo.png").read_bytes()).hexdigest()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+def test_lines_that_could_not_be_printed_are_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture is there all the same."""
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", full)
+        code = main(["generate", "-m", "m", "-p", "a fox", "-q", "--seed", "1"])
+
+    assert code == 2
+    assert Path("l2p_1.png").exists()

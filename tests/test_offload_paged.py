@@ -469,3 +469,22 @@ def test_closing_from_another_thread_ends_the_wait_for_a_block(
     assert not thread.is_alive()
     assert len(ended) == 1
     assert "closed" in ended[0]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_let_go_of_leaves_the_page_cache_unless_it_may_stay(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    """With a budget cached pages count, too."""
+    dropped: list[bool] = []
+    let_go = PageTable.let_go
+
+    def noted(table: PageTable, offset: int, nbytes: int, *, drop_cache: bool = True) -> None:
+        dropped.append(drop_cache)
+        let_go(table, offset, nbytes, drop_cache=drop_cache)
+
+    monkeypatch.setattr(PageTable, "let_go", noted)
+    with PagedBlocks(checkpoint, blocks, tight(blocks), keep_cache=keep) as paged:
+        walk(paged, blocks, 2)
+
+    assert set(dropped) == {not keep}

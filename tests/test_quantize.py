@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -673,3 +674,20 @@ def test_layers_that_a_rotation_leaves_alone_are_told(tmp_path: Path, capsys: py
         assert run("quantize", tmp_path / "plain.safetensors", target, "--scheme", scheme, "--json", "-q") == 0
         told = f"{plain} of {5 * CONFIG.n_layers} layers are not rotated: their columns are no multiple of {group}"
         assert json.loads(capsys.readouterr().out)["warnings"] == ([told] if plain else [])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks the system what a descriptor is")
+def test_a_power_cut_leaves_the_whole_file_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are on the disk before the file gets its name, and the name before the command ends."""
+    synced: list[tuple[bool, bool]] = []
+    target, sync = tmp_path / "q.safetensors", os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").is_dir(), target.exists()))
+        sync(descriptor)
+
+    source = original(tmp_path)
+    monkeypatch.setattr(os, "fsync", noted)
+
+    assert run("quantize", source, target, "-q") == 0
+    assert synced == [(False, False), (True, True)]  # (a folder, the file has its name)
