@@ -430,10 +430,9 @@ class WatchedDevice(CpuDevice):
 
 def test_closing_lets_go_of_all_memory(checkpoint: Checkpoint, blocks: list[Block]) -> None:
     device, plan = WatchedDevice(), plan_for(blocks, whole(blocks) * 3 // 4)
-    with Reader(checkpoint) as reader:
-        with Ring(blocks, plan, device, reader) as ring:
-            walk(ring, blocks, torch.randn(1, 64), 2)
-            held = device.alive
+    with Reader(checkpoint) as reader, Ring(blocks, plan, device, reader) as ring:
+        walk(ring, blocks, torch.randn(1, 64), 2)
+        held = device.alive
 
     assert device.alive == 0  # a reader's thread lets go of its last piece a moment after it is told
     assert plan.slots
