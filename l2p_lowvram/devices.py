@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 # AMD's architectures that multiply bf16 matrices: CDNA and RDNA from the third on.
 _HIP_WITH_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+
+# Of those within `full_fp32`: the first holds what sets the switches back.
+_lock = threading.Lock()
+_open: list[Callable[[], None] | None] = []
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -63,15 +68,32 @@ def full_fp32(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     if device.type != "cuda" or dtype != torch.float32:
         yield
         return
+    with _lock:
+        _open.append(_switch_to_fp32() if not _open else None)
+    try:
+        yield
+    finally:
+        with _lock:
+            # Whoever leaves last gives back what the first one found: the switches are the process's.
+            first = _open.pop(0)
+            if first is not None and _open:
+                _open[0] = first
+            elif first is not None:
+                first()
+
+
+def _switch_to_fp32() -> Callable[[], None]:
+    """Set the switches; returns what sets them back."""
     switches = _switches_of_fp32()
     before = [getattr(switch, name) for switch, name, _ in switches]
     for switch, name, value in switches:
         setattr(switch, name, value)
-    try:
-        yield
-    finally:
+
+    def back() -> None:
         for (switch, name, _), value in zip(switches, before, strict=True):
             setattr(switch, name, value)
+
+    return back
 
 
 def _switches_of_fp32() -> list[tuple[Any, str, object]]:
@@ -106,6 +128,11 @@ class _Reductions:
     @allowed.setter
     def allowed(self, value: tuple[bool, bool]) -> None:
         setattr(self._matmul, self._name, value[0] if value[1] else value)
+
+
+def in_host_memory() -> AbstractContextManager[object]:
+    """While open, what is made without naming a device is in host memory, whatever default a program has set."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 @contextmanager

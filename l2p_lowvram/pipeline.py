@@ -10,6 +10,7 @@ import functools
 import gc
 import os
 import secrets
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from offload import parse_bytes
 from . import images, sampling
 from .compute import DEQUANTISED, INT8, Compute, LayerSize, choose_compute, without_int8
 from .config import DEFAULT_STRENGTH, IMAGE_CHANNELS, ModelConfig
-from .devices import choose_device, choose_dtype, full_fp32, on_device, stream_dtype
+from .devices import choose_device, choose_dtype, full_fp32, in_host_memory, on_device, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
 from .model import Caption, L2PTransformer, Room, State, padded_length
 from .model_weights import (
@@ -87,11 +88,18 @@ class _Job:
 
 
 def _computing(method: Callable[Concatenate[L2PPipeline, P], R]) -> Callable[Concatenate[L2PPipeline, P], R]:
-    """Without autograd's records and autocast's dtypes, the pipeline's card being torch's current one."""
+    """Without autograd's records and autocast's dtypes, the pipeline's card being torch's current one and what names no
+    device made in host memory; one call at a time, whichever thread makes it."""
 
     @functools.wraps(method)
     def run(self: L2PPipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), on_device(self.device):
+        with (
+            self._turn,
+            torch.inference_mode(),
+            torch.autocast(self.device.type, enabled=False),
+            on_device(self.device),
+            in_host_memory(),
+        ):
             return method(self, *args, **kwargs)
 
     return run
@@ -141,6 +149,7 @@ class L2PPipeline:
         self.on_progress: ProgressCallback | None = None
         self.prompt_encoder = prompt_encoder
         self._interrupted = False
+        self._turn = threading.RLock()  # callbacks may call in
 
     @classmethod
     def from_pretrained(

@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 import weakref
 from contextlib import contextmanager
 from itertools import pairwise
@@ -313,6 +314,13 @@ with full_fp32(torch.device("cuda"), torch.float32):
 assert state() == before, (before, state())
 with full_fp32(torch.device("cuda"), torch.bfloat16):
     assert state() == before
+one, other = (full_fp32(torch.device("cuda"), torch.float32) for _ in range(2))  # of two pipelines in two threads
+for context in (one, other):
+    context.__enter__()
+one.__exit__(None, None, None)
+assert state() == ("ieee", "ieee"), state()
+other.__exit__(None, None, None)
+assert state() == before, (before, state())
 matmul = torch.backends.cuda.matmul
 def sums():
     return (matmul.allow_fp16_accumulation, matmul.allow_fp16_reduced_precision_reduction,
@@ -388,6 +396,34 @@ def test_a_programs_autocast_changes_nothing(pipe):
 
     assert torch.equal(inside, plain)
     assert torch.equal(pipe(**PROMPT, seed=1, **FAST).images, plain)
+
+
+def test_calls_from_several_threads_take_turns(pipe):
+    """Weights are lent to one set of modules, so two at once would compute on each other's."""
+    expected = [pipe(**PROMPT, seed=seed, **FAST).images for seed in range(4)]
+    found: dict[int, Tensor] = {}
+
+    def draw(seed: int) -> None:
+        found[seed] = pipe(**PROMPT, seed=seed, **FAST).images
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert all(torch.equal(found[seed], expected[seed]) for seed in range(4))
+
+
+def test_a_programs_default_device_changes_nothing(pipe):
+    plain = pipe(**PROMPT, seed=1, **FAST).images
+    pipe.close()
+    pipe._refined = []
+
+    with torch.device("meta"):
+        found = pipe(**PROMPT, seed=1, **FAST).images
+
+    assert torch.equal(found, plain)
 
 
 def test_interrupt_stops_after_the_step_and_returns_its_estimate(pipe):

@@ -194,3 +194,16 @@ def test_what_has_no_exact_tiles_is_refused(make, message: str):
 def test_layers_whose_settings_look_elsewhere_are_refused(module: nn.Module) -> None:
     with pytest.raises(ValueError, match="has no exact tiles that follow from its settings"):
         layers_of(nn.Sequential(module))
+
+
+@pytest.mark.parametrize("first", [nn.SiLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)], ids=str)
+def test_a_net_that_begins_in_place_changes_no_input_and_no_tile(first: nn.Module) -> None:
+    """Halos are read by several tiles."""
+    net = nn.Sequential(first, nn.Conv2d(3, 4, 3, padding=1)).eval().requires_grad_(False)
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+
+    found = tiled(net, x, tile=8)
+
+    assert torch.equal(x, before)
+    assert torch.allclose(found, net(before.clone()), atol=1e-6)

@@ -307,5 +307,11 @@ def tiled(net: nn.Sequential, x: Tensor, *, tile: int, halo: int | None = None) 
             result.append(torch.empty(*values.shape[:-2], height, width, dtype=values.dtype, device=values.device))
         result[0][..., rows, columns] = values
 
-    run_tiled(net, lambda r, c: x[..., r, c], write, layers, (x.shape[-2], x.shape[-1]), tile=tile, halo=halo)
+    in_place = any(getattr(module, "inplace", False) for module in net.modules())
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        crop = x[..., rows, columns]
+        return crop.clone() if in_place else crop  # what several tiles read, none may change
+
+    run_tiled(net, read, write, layers, (x.shape[-2], x.shape[-1]), tile=tile, halo=halo)
     return result[0]
