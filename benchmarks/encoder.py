@@ -109,7 +109,8 @@ def make_encoder(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from l2p_lowvram.config import TextEncoderConfig
-    from l2p_lowvram.encoder import CONFIG_FILE, config_json
+    from l2p_lowvram.encoder import config_json
+    from l2p_lowvram.paths import CONFIG_FILE
     from l2p_lowvram.synthetic import RandomTile
     from l2p_lowvram.text import TextEncoder
 

@@ -77,10 +77,9 @@ examples:
 # Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that read
 # weights, and lose far more by it than waking up takes; GNU's do so for some microseconds, which bridges the gap
 # between two layers' slices.
-# Arguments that name files or folders.
-_NAMES = ("model", "text_encoder", "tokenizer", "prompt_file", "image", "output", "preview", "report", "file", "input")
-
 OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+# Arguments that name files or folders.
+_NAMES = ("model", "text_encoder", "tokenizer", "prompt_file", "image", "output", "preview", "report", "file")
 
 
 def entry() -> NoReturn:
@@ -131,7 +130,7 @@ def _refuse_empty_names(arguments: argparse.Namespace) -> None:
     """As an unset variable of the shell leaves them: taken for the folder at hand, or for no option at all."""
     for name in _NAMES:
         if getattr(arguments, name, None) == "":
-            said = name.upper() if name in ("file", "input") else f"--{name.replace('_', '-')}"
+            said = "FILE" if name == "file" else f"--{name.replace('_', '-')}"
             raise InputError(f"{said} is empty; name a file or folder")
 
 

@@ -31,7 +31,7 @@ from offload.header import shown
 from offload.mapped import read_source
 
 from . import __version__
-from .encoder import CONFIG_FILE, EncoderLayout, config_json, read_encoder_layout
+from .encoder import EncoderLayout, config_json, read_encoder_layout
 from .export import (
     DEFAULT_TARGETS,
     LayoutStyle,
@@ -46,7 +46,7 @@ from .layout import ModelLayout, read_layout
 from .linear import expand_scale
 from .markers import QUANTIZATION_METADATA
 from .naming import SCALE
-from .paths import destination
+from .paths import CONFIG_FILE, destination
 from .quantization import Scheme, absmax, quantize_tensor, tensor_scale
 from .repository import header_sha256
 from .safetensors_writer import TensorEntry, file_bytes, write_safetensors

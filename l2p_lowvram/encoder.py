@@ -23,10 +23,10 @@ from .layout import block_of
 from .linear import Linear
 from .markers import LayerMarker, read_marker, read_metadata_markers
 from .naming import IGNORED_ENTRIES, IGNORED_SIDECARS, MARKER, SCALE, SCALE_SPELLINGS, refused_sidecar
+from .paths import CONFIG_FILE
 from .sources import LinearQuantization, linear_quantization, total_bytes, weight_source
 from .text import TextEncoder
 
-CONFIG_FILE = "config.json"
 FINAL_NORM = "norm.weight"
 _MAX_CONFIG_BYTES = 1 << 20
 _ROOT = "embed_tokens.weight"

@@ -13,7 +13,8 @@ from offload.header import shown
 
 from .config import DEFAULT_ROPE_AXES, IMAGE_CHANNELS, DecoderConfig, DecoderLevel, ModelConfig
 from .families import LEVEL_NAMES, with_family_defaults
-from .settings import METADATA_ENTRY, SETTINGS_FILE, ModelSettings
+from .paths import SETTINGS_FILE
+from .settings import METADATA_ENTRY, ModelSettings
 
 _MAX_BLOCKS = 1000  # of one stack; the published models have 30
 _MAX_WIDTH = 1 << 20

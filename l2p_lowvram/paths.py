@@ -8,8 +8,10 @@ from pathlib import Path
 
 from offload.checkpoint import INDEX_SUFFIX
 
-# What may lie beside a file of weights and be read with it.
-_BESIDE = ("l2p.json", "config.json", "tokenizer.json", "tokenizer", "text_encoder")
+# What may lie in a model's folder, beside its weights, and is read with them.
+SETTINGS_FILE, CONFIG_FILE, TOKENIZER_FILE = "l2p.json", "config.json", "tokenizer.json"
+TOKENIZER_FOLDER, TEXT_ENCODER_FOLDER = "tokenizer", "text_encoder"
+_BESIDE = (SETTINGS_FILE, CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_FOLDER, TEXT_ENCODER_FOLDER)
 
 # In place of a path: the model that comes along.
 DEMO = "demo"

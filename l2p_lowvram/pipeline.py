@@ -109,7 +109,8 @@ class L2PPipeline:
     """A model and what it needs to turn prompts into pictures. A context manager.
 
     Holds weights, files and threads between calls, so that the next one need not begin from the disk;
-    `close` gives them back (so does the garbage collector), and a call after it takes them anew.
+    `close` gives them back (so does the garbage collector), and a call after it takes them anew. Calls from several
+    threads take turns; callbacks may call in, from the thread they are called in.
 
     weights: None where `transformer` has its own. compute: what multiplies INT8 weights.
     on_progress, if set, is called with (phase, done, total): "text encoder"

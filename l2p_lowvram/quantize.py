@@ -76,9 +76,15 @@ def add_dequantize(add_command: AddCommand) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="IN", type=Path, help="a .safetensors file, a shard index, or a folder")
-    parser.add_argument("output", metavar="OUT", type=Path, help="the .safetensors file to write, or its folder")
+    parser.add_argument("input", metavar="IN", type=_path, help="a .safetensors file, a shard index, or a folder")
+    parser.add_argument("output", metavar="OUT", type=_path, help="the .safetensors file to write, or its folder")
     parser.add_argument("--text-encoder", action="store_true", help="IN is a Qwen3 text encoder, not a model")
+
+
+def _path(text: str) -> Path:
+    if not text:  # as an unset variable of the shell leaves it
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return Path(text)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

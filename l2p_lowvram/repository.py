@@ -21,14 +21,13 @@ from offload import Checkpoint, CheckpointError
 from .layout import read_layout
 from .model import L2PTransformer
 from .model_weights import StreamedWeights
-from .paths import DEMO, expanded
+from .paths import DEMO, TEXT_ENCODER_FOLDER, TOKENIZER_FILE, TOKENIZER_FOLDER, expanded
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import Streamer
 from .text import PromptTokenizer
 from .weights import build_transformer, check_scales, int8_layers
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "assets"
-TOKENIZER_FILE = "tokenizer.json"
 
 PathLike = str | os.PathLike[str]
 
@@ -120,8 +119,8 @@ def locate_model(
     encoder_path = _existing(text_encoder, "text encoder")
     tokenizer_path = _existing(tokenizer, "tokenizer")
     folder = model_folder(path)
-    if folder is not None and encoder_path is None and (folder / "text_encoder").is_dir():
-        encoder_path = folder / "text_encoder"
+    if folder is not None and encoder_path is None and (folder / TEXT_ENCODER_FOLDER).is_dir():
+        encoder_path = folder / TEXT_ENCODER_FOLDER
     return ModelFiles(path, encoder_path, _find_tokenizer(folder, encoder_path, tokenizer_path))
 
 
@@ -151,8 +150,8 @@ def _find_tokenizer(model: Path | None, encoder: Path | None, named: Path | None
         if not found.is_file():
             raise CheckpointError(named, f"has no {TOKENIZER_FILE}")
         return found
-    folders = [model / "tokenizer", model] if model is not None else []
+    folders = [model / TOKENIZER_FOLDER, model] if model is not None else []
     if encoder is not None:
         folder = encoder if encoder.is_dir() else encoder.parent
-        folders += [folder, folder.parent / "tokenizer", folder / "tokenizer"]
+        folders += [folder, folder.parent / TOKENIZER_FOLDER, folder / TOKENIZER_FOLDER]
     return next((folder / TOKENIZER_FILE for folder in folders if (folder / TOKENIZER_FILE).is_file()), None)

@@ -17,8 +17,8 @@ from offload import CheckpointError
 from offload.header import parse_json_object
 
 from .config import ModelConfig, SamplingDefaults
+from .paths import SETTINGS_FILE
 
-SETTINGS_FILE = "l2p.json"
 METADATA_ENTRY = "l2p"
 _MAX_SETTINGS_BYTES = 1 << 20
 

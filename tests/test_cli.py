@@ -967,6 +967,8 @@ def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str], option: st
     assert capsys.readouterr().err == f"error: {option} is empty; name a file or folder\n"
     assert cli.main(["inspect", ""]) == 2
     assert capsys.readouterr().err == "error: FILE is empty; name a file or folder\n"
+    assert cli.main(["quantize", "in.safetensors", ""]) == 2
+    assert "OUT: is empty; name a file or folder" in capsys.readouterr().err
 
 
 def test_an_init_image_is_held_in_the_size_of_the_picture(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..config import TextEncoderConfig
 from ..export import save_checkpoint
-from ..settings import SETTINGS_FILE, settings_json
+from ..paths import SETTINGS_FILE
+from ..settings import settings_json
 from .train import AVERAGE, ENCODER, ENCODER_FILE, MODEL, SKETCH, STATE_FILE, TOKENIZER_FILE
 
 
