@@ -170,10 +170,6 @@ class HostCounter:
             self._changed.notify_all()
 
 
-class Ended(Exception):
-    """What a counter fails with when a courier has nothing more to bring."""
-
-
 class CourierThread:
     """A Worker on a thread of its own. A wait that fails ends the courier, which cleans up as it is closed."""
 

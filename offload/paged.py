@@ -25,7 +25,8 @@ from torch import Tensor
 
 from offload.blocks import Block, Extent, aligned
 from offload.checkpoint import Checkpoint
-from offload.devices import Cancelled, CourierThread, Ended, HostCounter, Wait, aligned_buffer
+from offload.devices import Cancelled, CourierThread, HostCounter, Wait, aligned_buffer
+from offload.handover import Handover
 from offload.identity import check_before_read
 from offload.mapped import copy_source, is_used_in_place, read_source
 from offload.paging import HUGE_PAGE, PageTable
@@ -85,9 +86,8 @@ class PagedBlocks:
         self._stopping = False
         self._visiting: str | None = None
         self._closed = False
-        self._cursor = self._taken = 0
-        self._handed: deque[int] = deque()
-        self._submitted, self._released = HostCounter(), HostCounter()
+        self._cursor = 0
+        self._handed, self._released = Handover[int](HostCounter()), HostCounter()
         self._settled: set[int] = set()  # of those brought, no longer counted
         self._tables: dict[Path, PageTable] = {}
         with ExitStack() as stack:
@@ -154,16 +154,12 @@ class PagedBlocks:
         return True
 
     def _next_handed(self) -> int | None:
-        """Which block was brought next, waited for; None where the courier has nothing more to bring."""
+        """`Handover.next`, of indices. Where it raises, the courier is at an end."""
         try:
-            self._submitted.wait(self._taken + 1)
-        except Ended:
-            return None
+            return self._handed.next()
         except BaseException:
             self._stop()
             raise
-        self._taken += 1
-        return self._handed.popleft()
 
     def _is_moving(self, index: int) -> bool:
         return index not in self._settled
@@ -178,9 +174,7 @@ class PagedBlocks:
 
     def _reset(self, index: int) -> None:
         self._cursor = index
-        self._taken = 0
-        self._handed = deque()
-        self._submitted, self._released = HostCounter(), HostCounter()
+        self._handed, self._released = Handover[int](HostCounter()), HostCounter()
         # Brought to stay, but perhaps never asked for: the courier will not bring it again.
         self._settled = set(self._brought)
 
@@ -197,7 +191,7 @@ class PagedBlocks:
         """End the courier and let go of all pages. May be called twice. Tensors of visits stay readable, slowly."""
         self._closed = True
         self._stop()
-        self._submitted.fail(ValueError("closed while a block was waited for"))  # by another thread
+        self._handed.fail(ValueError("closed while a block was waited for"))  # by another thread
         for index in self._brought:
             self._let_go(index)
         self._brought.clear()
@@ -244,14 +238,13 @@ class PagedBlocks:
                 if stays:
                     self._brought.add(index)
                     unfinished = None
-                self._handed.append(index)
-                self._submitted.advance()
-            self._submitted.fail(Ended())
+                self._handed.put(index)
+            self._handed.end()
             while passing:
                 yield self._released, passing[0][0] + 1
                 self._let_go(passing.popleft()[1])
         except Exception as error:
-            self._submitted.fail(error)
+            self._handed.fail(error)
         finally:
             for _, index in passing:
                 self._let_go(index)

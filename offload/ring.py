@@ -30,7 +30,8 @@ from typing import Protocol
 from torch import Tensor
 
 from offload.blocks import ALIGNMENT, Block, Extent
-from offload.devices import Cancelled, Device, Ended, Event, Stream, Wait, Worker
+from offload.devices import Cancelled, Device, Event, Stream, Wait, Worker
+from offload.handover import Handover
 from offload.residency import ResidencyPlan, SlotCycle, Tier
 from offload.rounds import Rounds
 from offload.timeline import Timeline
@@ -170,16 +171,12 @@ class Ring:
         return visit
 
     def _next_handed(self) -> _Visit | None:
-        """What the courier hands over next, waited for; None where it has nothing more to bring."""
+        """`Handover.next`. Where it raises, the courier is at an end."""
         try:
-            self._submitted.wait(self._taken + 1)
-        except Ended:
-            return None
+            return self._handed.next()
         except BaseException:
             self._stop()
             raise
-        self._taken += 1
-        return self._handed.popleft()
 
     def _next_moving(self) -> int | None:
         """The block that the courier brings next; None after the last, where there are no rounds."""
@@ -216,9 +213,7 @@ class Ring:
 
     def _reset(self, index: int) -> None:
         self._cursor = index
-        self._taken = 0
-        self._handed: deque[_Visit] = deque()
-        self._submitted = self._device.new_counter()
+        self._handed: Handover[_Visit] = Handover(self._device.new_counter())
         self._released = self._device.new_counter()
         self._last_use = [0] * len(self._slots)  # visits that must be released before a slot is free
         for home in self._homes:
@@ -239,7 +234,7 @@ class Ring:
         """End the courier and let go of all memory. May be called twice. Tensors of visits become garbage."""
         self._closed = True
         self._stop()
-        self._submitted.fail(ValueError("the ring was closed while a block was waited for"))  # by another thread
+        self._handed.fail(ValueError("the ring was closed while a block was waited for"))  # by another thread
         # Other streams may still use what is freed here; visits ran on the one they left in `_computed_on`.
         self._computed_on.synchronize()
         self._timer.finish()
@@ -273,9 +268,9 @@ class Ring:
                 pending.append(transfer)
             while pending:
                 yield from self._deliver(pending.popleft())
-            self._submitted.fail(Ended())
+            self._handed.end()
         except Exception as error:
-            self._submitted.fail(error)
+            self._handed.fail(error)
         finally:
             for transfer in pending:
                 if transfer.job is not None:
@@ -392,8 +387,7 @@ class Ring:
         home.image_filled = home.image is not None
         if home.tier is Tier.DEVICE:
             home.loaded = visit
-        self._handed.append(visit)
-        self._submitted.advance()
+        self._handed.put(visit)
 
     def _record_ready(self, visit: _Visit) -> None:
         self._copies.record(visit.ready)
