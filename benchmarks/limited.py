@@ -88,11 +88,37 @@ def disk_group(rate: int | None, path: Path) -> Iterator[Group]:
         folder.rmdir()
 
 
+@contextmanager
+def read_ahead(nbytes: int | None, path: Path) -> Iterator[None]:
+    """Linux reads ahead by `nbytes` at most on the disk under `path` meanwhile (as root). None: as it is set.
+
+    Raises SystemExit where that cannot be changed.
+    """
+    if nbytes is None:
+        yield
+        return
+    setting = _disk_folder(path) / "queue" / "read_ahead_kb"
+    try:
+        before = setting.read_text()
+        setting.write_text(str(nbytes >> 10))
+    except OSError as error:
+        raise SystemExit(f"read-ahead cannot be set here: {error}") from error
+    try:
+        yield
+    finally:
+        setting.write_text(before)
+
+
 def _disk_of(path: Path) -> str:
     """major:minor of the whole disk that holds a file; limits are not for partitions."""
+    return (_disk_folder(path) / "dev").read_text().strip()
+
+
+def _disk_folder(path: Path) -> Path:
+    """Where Linux tells of the whole disk that holds a file."""
     device = path.stat().st_dev
     folder = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    return ((folder.parent if (folder / "partition").exists() else folder) / "dev").read_text().strip()
+    return folder.parent if (folder / "partition").exists() else folder
 
 
 def _make_group(limit: int) -> Path:

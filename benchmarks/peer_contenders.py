@@ -69,7 +69,7 @@ class Job:
     io: str
     device: str
     threads: int
-    second: bool
+    steps: int
 
     @property
     def size(self) -> tuple[int, int]:
@@ -246,7 +246,7 @@ CONTENDERS = {function.__name__: function for function in (ours, hand, accelerat
 
 
 def run(name: str, job: Job) -> dict[str, Any]:
-    """Seconds of opening and of one or two forwards from a cold file, and the process's peaks."""
+    """Seconds of opening and of forwards, the first from a cold file, and the process's peaks."""
     torch.set_num_threads(job.threads)
     generator = torch.Generator().manual_seed(0)
     width, height = job.size
@@ -272,10 +272,7 @@ def run(name: str, job: Job) -> dict[str, Any]:
             found = {"seconds": seconds, "cpu_seconds": cpu, "others_seconds": others, "open_seconds": opened}
             found |= contender.notes()
             found["first_peak_bytes"] = process_memory().peak
-            if job.second:
-                began = time.perf_counter()
-                contender.walk(pixels, t, None)
-                found["second_seconds"] = time.perf_counter() - began
+            found["later_seconds"] = [timed(lambda: contender.walk(pixels, t, None)) for _ in range(job.steps - 1)]
     torch.save(velocity, job.scratch / f"velocity-{name}.pt")
     return {
         **found,
@@ -286,6 +283,12 @@ def run(name: str, job: Job) -> dict[str, Any]:
         "peak_anonymous_bytes": watch.peak_anonymous,
         "peak_file_bytes": watch.peak_file_backed,
     }
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def busy_seconds() -> float:

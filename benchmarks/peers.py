@@ -1,6 +1,6 @@
 """Our streaming beside others', the same modules and INT8 weights: `python benchmarks/peers.py FOLDER [--save]`.
 
-One forward on the CPU, fp32, one branch, 32 caption tokens. Every run is a process of its own which begins with the
+Forwards on the CPU, fp32, one branch, 32 caption tokens. Every run is a process of its own which begins with the
 file out of the page cache; contenders take turns, medians of --rounds (one from 256 tokens on, which take long and
 vary little). `peer_contenders.py` says how each is set up, and that all of them walk the same modules.
 
@@ -8,7 +8,7 @@ vary little). `peer_contenders.py` says how each is set up, and that all of them
              layers, 1.10 GB), made in FOLDER where they are missing
     time     of the first forward, prompt included, from opened files and hooked modules to the velocity. Not in it:
              imports, opening and hooking (given apart), and what our probe of the disk takes (part of opening).
-             second: another step right after, the file as the page cache then has it; once, up to 256 tokens
+             later: the mean of the --steps - 1 forwards right after, the file as the page cache then has it
     memory   of the whole process: most that was resident at once (VmHWM, imports included), and the peaks of its
              anonymous and its file-backed part (sampled), which need not have been reached together
 
@@ -18,8 +18,9 @@ times as fast as each peer, with at most half its memory; elsewhere never slower
 of the target is called noise, not met; it is not judged where other programs computed beside the runs. Velocities
 must agree to the bit; where they do not, the largest difference is told. --limit puts every contender into a memory
 group, --disk makes their disk slower ("500MB": what a SATA drive gives; needs root and control groups v1), so that a
-machine whose processors are slow for its disk shows both parts of the curve. DiffSynth is installed into FOLDER
-without its dependencies. FOLDER/runs.json grows with every point.
+machine whose processors are slow for its disk shows both parts of the curve; --read-ahead sets how far Linux reads
+ahead meanwhile (root; 128 KiB unless a system says otherwise), on which loops that map a file depend. DiffSynth is
+installed into FOLDER without its dependencies. FOLDER/runs.json grows with every point.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limited import drop_cache, measured
+from limited import drop_cache, measured, read_ahead
 from results import RESULTS, Figure, at_least, at_most, finish, parser
 
 from l2p_lowvram.synthetic import main as make_synthetic
@@ -83,7 +84,7 @@ def measure(point: str, contenders: Sequence[str], options: Any) -> Runs:
                 "io": options.io,
                 "device": options.device,
                 "threads": options.threads,
-                "second": turn == 0 and int(tokens) <= LONG and name != "compute",
+                "steps": options.steps if name != "compute" else 1,
             }
             script = str(Path(__file__).with_name("peer_contenders.py"))
             # Alone among them these two are no contenders: they show the machine, and need all weights at once.
@@ -108,9 +109,18 @@ def median(runs: Sequence[dict[str, Any]], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
-def spread(runs: Sequence[dict[str, Any]]) -> float:
-    """How far the times lie apart, as a share of their median; 5 % for a single run."""
-    times = [run["seconds"] for run in runs]
+def later_seconds(run: dict[str, Any]) -> float:
+    """Of a forward after the first, the mean; 0 where there was none."""
+    return statistics.fmean(run["later_seconds"] or [0.0])
+
+
+def times_of(runs: Sequence[dict[str, Any]], which: str) -> list[float]:
+    """Seconds of the "first" or of "later" forwards, a figure a run."""
+    return [run["seconds"] if which == "first" else later_seconds(run) for run in runs]
+
+
+def spread(times: Sequence[float]) -> float:
+    """How far they lie apart, as a share of their median; 5 % for a single run."""
     return (max(times) - min(times)) / statistics.median(times) if len(times) > 1 else 0.05
 
 
@@ -123,8 +133,12 @@ def figures_of(point: str, runs: Runs) -> list[Figure]:
     figures = [Figure(f"{told}: compute only / read only", f"{computing:.2f} s / {reading:.2f} s, {bound}")]
     present = [name for name in ("ours", *PEERS) if runs.get(name)]
     figures += [Figure(f"{told}: {name}", described(runs[name])) for name in present]
+    target = 1.5 if disk_bound else 1.0
     for name in present[1:]:
-        figures.append(faster(f"{told}: {name} / ours, time", runs["ours"], runs[name], 1.5 if disk_bound else 1.0))
+        for which in ("first", "later") if later_seconds(runs["ours"][0]) else ("first",):
+            figures.append(
+                faster(f"{told}: {name} / ours, time of the {which}", which, runs["ours"], runs[name], target)
+            )
         ratio = median(runs["ours"], "peak_bytes") / median(runs[name], "peak_bytes")
         what = f"{told}: ours / {name}, peak memory"
         figures.append(at_most(what, ratio, 0.5) if disk_bound else Figure(what, ratio))
@@ -135,21 +149,25 @@ def figures_of(point: str, runs: Runs) -> list[Figure]:
 
 def described(runs: Sequence[dict[str, Any]]) -> str:
     peak, anonymous, file = (f"{median(runs, f'peak_{kind}bytes') / 2**20:.0f}" for kind in ("", "anonymous_", "file_"))
-    again = f"second {runs[0]['second_seconds']:.2f} s, " if "second_seconds" in runs[0] else ""
+    later = statistics.median(times_of(runs, "later"))
+    again = f"later {later:.2f} s, " if later else ""
     return (
         f"{median(runs, 'seconds'):.2f} s ({again}opening {median(runs, 'open_seconds'):.2f} s), "
         f"peak {peak} MiB (anonymous {anonymous}, file {file})"
     )
 
 
-def faster(what: str, ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, Any]], target: float) -> Figure:
+def faster(
+    what: str, which: str, ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, Any]], target: float
+) -> Figure:
     """Peer's time / ours. Short of the target by less than the runs differ among themselves: noise."""
-    ratio = median(peer, "seconds") / median(ours, "seconds")
+    mine, theirs = times_of(ours, which), times_of(peer, which)
+    ratio = statistics.median(theirs) / statistics.median(mine)
     figure = at_least(what, ratio, target)
     shares = [run["others_seconds"] / run["cpu_seconds"] for run in (*ours, *peer)]
     if statistics.median(shares) > DISTURBED:
         return Figure(f"{what} (disturbed: other programs were computing)", ratio, "", figure.target)
-    if not figure.met and ratio >= target * (1 - max(spread(ours), spread(peer))):
+    if not figure.met and ratio >= target * (1 - max(spread(mine), spread(theirs))):
         return Figure(f"{what} (within noise)", ratio, "", figure.target)
     return figure
 
@@ -200,12 +218,14 @@ def main() -> None:
     arguments.add_argument("--points", nargs="+", default=POINTS, help="MODEL:TOKENS, tokens 32, 256 or 1024")
     arguments.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--steps", type=int, default=3, help="forwards in each run")
     arguments.add_argument("--ram", default="least", help="our budget; the least that works by default")
     arguments.add_argument("--io", default="auto", help="how we read")
     arguments.add_argument("--limit", help="of a memory group around every contender, for example 3GiB")
     arguments.add_argument(
         "--disk", type=parse_bytes, help="bytes per second that the disk gives; what it can by default"
     )
+    arguments.add_argument("--read-ahead", type=parse_bytes, help="of Linux on that disk; as it is set by default")
     arguments.add_argument("--device", default="cpu", help="tried on the CPU only")
     arguments.add_argument("--threads", type=int, default=os.cpu_count())
     options = arguments.parse_args()
@@ -216,7 +236,8 @@ def main() -> None:
     prepare(options.folder, list(dict.fromkeys(point.split(":")[0] for point in options.points)), peers)
     found: dict[str, Runs] = {}
     for point in options.points:
-        found[point] = measure(point, ["ours", *peers, "compute", "read"], options)
+        with read_ahead(options.read_ahead, options.folder / f"{point.split(':')[0]}.safetensors"):
+            found[point] = measure(point, ["ours", *peers, "compute", "read"], options)
         # A long run that is broken off leaves what it has.
         (options.folder / "runs.json").write_text(json.dumps(found))
     figures = [figure for point, runs in found.items() for figure in figures_of(point, runs)]
@@ -225,7 +246,10 @@ def main() -> None:
     name = "peers"
     if options.disk is not None:
         figures.append(Figure("disk", options.disk / 1e6, "MB/s"))
-        name = "peers_slow_disk"
+        name += "_slow_disk"
+    if options.read_ahead is not None:
+        figures.append(Figure("read-ahead", options.read_ahead / 2**10, "KiB"))
+        name += "_read_ahead"
     finish(name, figures, options, {"runs": found})
     if options.save:
         plot(found, RESULTS / f"{name}.png")
