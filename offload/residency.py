@@ -29,6 +29,14 @@ from offload.sizes import format_bytes
 _STEPS_TO_STEADY_STATE = 3
 # As many slots as the usual block may take: with more, a ring is a long list of small slots.
 _SLOTS_OF_A_BLOCK = 8
+# What bounds the time of planning, for models of hundreds of blocks or sizes: sizes of slots and numbers of blocks that
+# are tried, and visits that predictions play through in all, a few seconds of them. Most models stay far below.
+_MOST_SIZES = 16
+_MOST_COUNTS = 128
+_MOST_VISITS = 4_000_000
+_LEAST_CHOICES = 8
+# Numbers of slots that are tried where none is asked for: 2 to twice 3.
+_DEFAULT_RINGS = 5
 
 
 class Tier(str, Enum):
@@ -148,12 +156,18 @@ def plan_residency(
 # A run asks for the same plan a few times: whether it fits, to tell of it, and to open the ring.
 @lru_cache(maxsize=64)
 def _best_plan(blocks: tuple[BlockCost, ...], rates: Rates, budget: Budget, slots: int | None) -> ResidencyPlan:
-    choices = (
-        _complete(blocks, rates, budget, resident, slots) for resident in _resident_choices(blocks, budget.weights)
-    )
+    residents = _resident_choices(blocks, budget.weights, _most_choices(blocks, slots))
+    choices = (_complete(blocks, rates, budget, resident, slots) for resident in residents)
     # A plan that had to give something up loses to any that did not: slots beyond the pair absorb jitter,
     # which no prediction sees.
     return min((plan for plan in choices if plan is not None), key=lambda plan: (len(plan.notes), _rank(plan, rates)))
+
+
+def _most_choices(blocks: Sequence[BlockCost], slots: int | None) -> int:
+    """Sets of resident blocks to try, so that planning ends in seconds whatever the model."""
+    visits = _STEPS_TO_STEADY_STATE * sum(block.visits for block in blocks)
+    rings = len(_slot_sizes(blocks)) * (slots or _DEFAULT_RINGS)
+    return max(_MOST_VISITS // max(rings * visits, 1), _LEAST_CHOICES)
 
 
 def _rank(plan: ResidencyPlan, rates: Rates) -> tuple[float, float, int]:
@@ -196,10 +210,23 @@ def _require_staging(blocks: Sequence[BlockCost], rates: Rates, budget: Budget) 
 
 
 def _rings(blocks: Sequence[BlockCost], slots: int) -> Iterator[tuple[int, int]]:
-    """(slot bytes, slots) that hold every block, one per size among the blocks."""
-    sizes = sorted({aligned(block.nbytes) for block in blocks})
+    """(slot bytes, slots) that hold every block, one per size of `_slot_sizes`."""
+    sizes = _slot_sizes(blocks)
     for size in sizes:
         yield size, max(slots, -(-sizes[-1] // size))
+
+
+def _slot_sizes(blocks: Sequence[BlockCost]) -> list[int]:
+    """Sizes among the blocks, ascending, the smallest and the largest included; every so many of very many."""
+    sizes = sorted({aligned(block.nbytes) for block in blocks})
+    return [sizes[index] for index in _evenly(len(sizes) - 1, _MOST_SIZES)] if sizes else []
+
+
+def _evenly(last: int, most: int) -> list[int]:
+    """0 to `last`, both included: all of them, or `most` at even distances."""
+    if last < most:
+        return list(range(last + 1))
+    return [index * last // (most - 1) for index in range(most)]
 
 
 def _rings_within(blocks: Sequence[BlockCost], most: int, limit: int) -> list[tuple[int, int]]:
@@ -216,8 +243,9 @@ def _usual_bytes(blocks: Sequence[BlockCost]) -> int:
     return sizes[len(sizes) // 2] if sizes else 0
 
 
-def _resident_choices(blocks: Sequence[BlockCost], spare: int) -> Iterator[frozenset[str]]:
-    """Sets of blocks to keep on the device, none first, each within `spare` bytes and evenly spread.
+def _resident_choices(blocks: Sequence[BlockCost], spare: int, most: int) -> Iterator[frozenset[str]]:
+    """Up to `most` sets of blocks, and as many again, to keep on the device, none first, each within `spare` bytes and
+    evenly spread.
 
     Every set is tried plain and with the blocks larger than most in it first: one large block can cost
     the ring more than it costs to keep.
@@ -228,7 +256,7 @@ def _resident_choices(blocks: Sequence[BlockCost], spare: int) -> Iterator[froze
     for first in ([], large):
         fixed = sum(block.nbytes for block in first)
         rest = [block for block in useful if block not in first]
-        for wanted in range(len(rest) + 1):
+        for wanted in _evenly(len(rest), most):
             if fixed > spare:
                 break
             chosen = frozenset(block.name for block in [*first, *_spread(rest, wanted, spare - fixed)])
@@ -295,7 +323,7 @@ def _host_tiers(streamed: Sequence[BlockCost], rates: Rates, budget: Budget) -> 
 def _most(blocks: Sequence[BlockCost], limit: int) -> list[BlockCost]:
     """As many bytes of blocks as `_spread` fits into `limit`, blocks of every step only."""
     useful = [block for block in blocks if block.visits > 0]
-    choices = [_spread(useful, wanted, limit) for wanted in range(len(useful) + 1)]
+    choices = [_spread(useful, wanted, limit) for wanted in _evenly(len(useful), _MOST_COUNTS)]
     return max(choices, key=lambda choice: sum(block.nbytes for block in choice))
 
 

@@ -227,6 +227,27 @@ def test_more_slots_than_blocks_change_nothing() -> None:
     assert plan == plan_residency(layers(6), rates, budget, slots=6)
 
 
+@pytest.mark.parametrize("rates", [RATES, Rates(disk=3e9)], ids=["link", "no link"])
+def test_a_thousand_blocks_of_different_sizes_are_planned_with_a_bounded_number_of_predictions(
+    monkeypatch: pytest.MonkeyPatch, rates: Rates
+) -> None:
+    blocks = [BlockCost(f"b{index}", (1 + 7 * index % 1000) << 20, 0.01) for index in range(1000)]
+    whole = sum(block.nbytes for block in blocks)
+    visited = []
+
+    def counted(blocks: list[BlockCost], *given: object, **named: object) -> float:
+        visited.append(len(blocks))
+        return predict_stall(blocks, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("offload.residency.predict_stall", counted)
+    budget = Budget(device=whole // 3, host=whole // 2, pinned=whole // 3, staging=1000 << 20)
+
+    plan = plan_residency(blocks, rates, budget)
+
+    assert sum(visited) < 2_500_000  # 0.8 million a second; with every set and size it would be billions
+    assert 0.8 * budget.device < plan.device_bytes <= budget.device
+
+
 def test_a_plan_is_frozen() -> None:
     plan = plan_residency(layers(3), RATES, Budget(device=4 * GIB, host=GIB))
 
