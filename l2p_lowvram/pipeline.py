@@ -376,11 +376,8 @@ class L2PPipeline:
         prompts = _prompt_list(prompt, prompt_embeds)
         negatives = _negative_list(negative_prompt, negative_prompt_embeds, len(prompts)) if cfg != 1 else None
         batch = len(prompts) * count
-        noise, seeds = self._noise((batch, IMAGE_CHANNELS, height, width), seed, generator, latents, noise_device)
-        # In a list, for the loop to take it out of: no frame holds on to what the run began with.
-        start = [noise if image is None else self._noised(image, noise, schedule[0])]
-        del noise
-        _require_finite(start[0], "latents" if latents is not None else "image")
+        draw, seeds = self._noise((batch, IMAGE_CHANNELS, height, width), seed, generator, latents, noise_device)
+        _check_start(image, latents, (IMAGE_CHANNELS, height, width))
 
         started = time.perf_counter()
         features = self._features([*prompts, *(negatives or [])])
@@ -398,6 +395,10 @@ class L2PPipeline:
             cfg,
             callback_on_step_end,
         )
+        # Not before the picture is known to fit. In a list, for the loop to take it out of: no frame holds on to what
+        # the run began with.
+        start = [draw() if image is None else self._noised(image, draw(), schedule[0])]
+        _require_finite(start[0], "latents" if latents is not None else "image")
         with full_fp32(self.device, self.stream_dtype):
             result, was_stopped = self._denoise(job, start, tiling)
         seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
@@ -579,27 +580,28 @@ class L2PPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: Tensor | None,
         noise_device: str | torch.device,
-    ) -> tuple[Tensor, list[int] | None]:
-        """The initial noise (B, 3, H, W) in fp32 in host memory, and the pictures' seeds where seeds made it."""
+    ) -> tuple[Callable[[], Tensor], list[int] | None]:
+        """What draws the initial noise (B, 3, H, W) in fp32 in host memory, and the pictures' seeds where seeds make
+        it. Raises ValueError here, not as it draws."""
         if sum(source is not None for source in (seed, generator, latents)) > 1:
             raise ValueError("give one of seed, generator and latents")
         if latents is not None:
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents must have shape {list(shape)} here, got {list(latents.shape)}")
-            return latents.float().cpu(), None
-        single = (1, *shape[1:])
+            return lambda: latents.float().cpu(), None
+        if isinstance(generator, torch.Generator):
+            return lambda: sampling.make_noise(shape, generator).cpu(), None
+        single, seeds = (1, *shape[1:]), None
         if generator is not None:
-            if isinstance(generator, torch.Generator):
-                return sampling.make_noise(shape, generator).cpu(), None
-            generator = list(generator)
-            if len(generator) != shape[0]:
-                raise ValueError(f"{len(generator)} generators for {shape[0]} pictures; give one, or one each")
-            return torch.cat([sampling.make_noise(single, g).cpu() for g in generator]), None
-        first = secrets.randbelow(2**32) if seed is None else _seed(seed)
-        seeds = [first + index for index in range(shape[0])]
-        place = choose_device(noise_device)
-        generators = [torch.Generator(place).manual_seed(value) for value in seeds]
-        return torch.cat([sampling.make_noise(single, g).cpu() for g in generators]), seeds
+            generators = list(generator)
+            if len(generators) != shape[0]:
+                raise ValueError(f"{len(generators)} generators for {shape[0]} pictures; give one, or one each")
+        else:
+            first = secrets.randbelow(2**32) if seed is None else _seed(seed)
+            seeds = [first + index for index in range(shape[0])]
+            place = choose_device(noise_device)
+            generators = [torch.Generator(place).manual_seed(value) for value in seeds]
+        return lambda: torch.cat([sampling.make_noise(single, g).cpu() for g in generators]), seeds
 
     def _noised(self, image: Image.Image | Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return sampling.add_noise(self._picture(image, noise.shape[3], noise.shape[2]), noise, sigma)
@@ -608,10 +610,7 @@ class L2PPipeline:
         """img2img's start (1, 3, H, W) in fp32, in host memory."""
         if isinstance(image, Image.Image):
             return images.from_pil(image, width, height)
-        picture = image[None] if image.dim() == 3 else image
-        if tuple(picture.shape) != (1, IMAGE_CHANNELS, height, width):
-            raise ValueError(f"image must have shape (3, {height}, {width}) for this size, got {list(image.shape)}")
-        return picture.float().cpu()
+        return (image[None] if image.dim() == 3 else image).float().cpu()
 
     def _features(self, items: Sequence[str | Tensor]) -> list[Tensor]:
         """Features (tokens, width) of every prompt: all texts encoded together, given tensors moved once."""
@@ -725,6 +724,16 @@ def _check_image(image: object) -> Image.Image | Tensor | None:
         return image
     what = f"{image.dtype} tensor {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
     raise ValueError(f"image must be a PIL image, or a float tensor (3, H, W) or (1, 3, H, W) in [-1, 1], got {what}")
+
+
+def _check_start(image: Image.Image | Tensor | None, latents: Tensor | None, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless what a run is to begin with is of this shape (3, H, W) and finite."""
+    if latents is not None:
+        _require_finite(latents, "latents")
+    if isinstance(image, Tensor):
+        if tuple(image.shape) not in (shape, (1, *shape)):
+            raise ValueError(f"image must have shape {shape} for this size, got {list(image.shape)}")
+        _require_finite(image, "image")
 
 
 def _require_finite(values: Tensor, what: str) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import offload.cuda
-from l2p_lowvram import L2PPipeline, cli, linear, selftest, streaming
+from l2p_lowvram import L2PPipeline, cli, images, linear, sampling, selftest, streaming
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.model_weights import StreamedWeights, cut_into_blocks
@@ -141,6 +142,20 @@ def test_one_byte_less_than_the_smallest_budget_is_refused_with_the_numbers(mode
         pytest.raises(BudgetError, match=rf"64x32: RAM budget .* takes {least} bytes; give more with --ram"),
     ):
         pipe(**PROMPT, **FAST)
+
+
+def test_a_picture_beyond_the_budget_is_refused_before_anything_of_its_size_is_made(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "make_noise", lambda *_: pytest.fail("noise was drawn"))
+    monkeypatch.setattr(images, "from_pil", lambda *_: pytest.fail("the photograph was resized"))
+
+    for start in ({}, {"image": Image.new("RGB", (64, 32)), "strength": 0.5}):
+        with (
+            L2PPipeline.from_pretrained(model, dtype="fp32", ram="600MiB") as pipe,
+            pytest.raises(BudgetError, match=r"8192x8192: RAM budget 600\.00 MiB is too small"),
+        ):
+            pipe(**PROMPT, **start, width=8192, height=8192, num_inference_steps=2)
 
 
 def test_a_step_reads_every_streamed_block_once_for_both_branches(model: Path) -> None:
