@@ -179,16 +179,18 @@ class _Walk:
     def _areas(self, stage: Stage, cut: _Cut) -> list[int]:
         """Positions that each tile reads, in the order they run."""
         rows, columns = (cut(self._job.config, stage, side) for side in (self._job.height, self._job.width))
-        return [_length(row) * _length(column) for row, column in product(rows, columns)]
+        lengths = [_length(column) for column in columns]
+        return [height * width for height in map(_length, rows) for width in lengths]
 
     def _changing(self, areas: Sequence[int]) -> Iterator[int]:
         """Without tiles that repeat an earlier one from an equal state."""
-        seen: set[object] = set()
+        seen: dict[object, set[int]] = {}
+        done = seen.setdefault(self.segment.state(), set())
         for area in areas:
-            key = (area, self.segment.state())
-            if key not in seen:
-                seen.add(key)
+            if area not in done:
+                done.add(area)
                 yield area
+                done = seen.setdefault(self.segment.state(), set())
 
 
 def _length(tile: Tile) -> int:

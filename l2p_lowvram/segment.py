@@ -7,7 +7,7 @@ smallest, the lowest of equals; what it leaves is split off unless that is littl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ROUNDING = 512
 # Smaller requests share segments.
@@ -26,8 +26,7 @@ def reserved_bytes(nbytes: int) -> int:
     return -(-nbytes // _SEGMENT_STEP) * _SEGMENT_STEP
 
 
-@dataclass(frozen=True, order=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes `start` to `stop` of the segment."""
 
     start: int
