@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .config import MAX_COUNT
 from .console import lost_output, open_standard_descriptors, print_line, say
 from .quantize import add_dequantize, add_quantize
 from .user_input import InputError, one_line, user_input
@@ -472,16 +473,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 65_536:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 65536, got {text}")
-    return value
+    return _within(int(text), 1, MAX_COUNT)
 
 
 def _quality(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 100, got {text}")
+    return _within(int(text), 1, 100)
+
+
+def _within(value: int, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {value}")
     return value
 
 

@@ -26,6 +26,9 @@ DEFAULT_ROPE_AXES = {128: (32, 48, 48)}
 
 # Of a picture, in pixels: far more than any model draws, and what planning takes a minute to refuse.
 MAX_SIDE = 65_536
+# Of steps, or pictures of one command: far more than anybody waits for.
+MAX_COUNT = 65_536
+MAX_SEED = 2**63 - 1  # what torch's generators take
 _LARGEST_DEFAULT = 1_000_000  # of any sampling default: a file's word is not taken for more
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import images
-from .config import DEFAULT_STRENGTH
+from .config import DEFAULT_STRENGTH, MAX_SEED
 from .paths import DEMO, belongs_to, destination, expanded, parts_of, same_file_key
 from .user_input import InputError, user_input
 from .whole_file import require_replaceable
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # The encoder reads 512 tokens; a longer text than this is the wrong file.
 MAX_PROMPT_BYTES = 65_536
-MAX_SEED = 2**63 - 1
 RANDOM_SEED = -1
 # Random seeds are short enough to copy by hand.
 _RANDOM_SEEDS = 2**32

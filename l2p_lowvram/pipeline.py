@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -26,8 +25,9 @@ from torch import Tensor
 from offload import parse_bytes
 
 from . import images, sampling
+from .arguments import number, whole_number
 from .compute import DEQUANTISED, INT8, Compute, LayerSize, choose_compute, without_int8
-from .config import DEFAULT_STRENGTH, IMAGE_CHANNELS, ModelConfig
+from .config import DEFAULT_STRENGTH, IMAGE_CHANNELS, MAX_SEED, ModelConfig
 from .devices import choose_device, choose_dtype, full_fp32, in_host_memory, on_device, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
 from .model import Caption, L2PTransformer, Room, State, padded_length
@@ -369,7 +369,7 @@ class L2PPipeline:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         image = _check_image(image)
-        count = _count(num_images_per_prompt)
+        count = whole_number(num_images_per_prompt, "num_images_per_prompt", 1)
         cfg = self._cfg_scale(cfg_scale, negative_prompt_embeds)
         schedule = self._schedule(num_inference_steps, shift, sigmas, strength, from_noise=image is None)
         width, height = self._size(width, height, image, latents)
@@ -562,6 +562,8 @@ class L2PPipeline:
         """Width and height, checked. Raises ValueError."""
         own = (self.config.defaults.width, self.config.defaults.height)
         if latents is not None:
+            if not isinstance(latents, Tensor):
+                raise ValueError(f"latents must be a tensor (B, 3, H, W), got {type(latents).__name__}")
             if latents.dim() != 4 or latents.shape[1] != IMAGE_CHANNELS:
                 raise ValueError(f"latents must have shape (B, 3, H, W), got {list(latents.shape)}")
             own = (latents.shape[3], latents.shape[2])
@@ -597,7 +599,7 @@ class L2PPipeline:
             if len(generators) != shape[0]:
                 raise ValueError(f"{len(generators)} generators for {shape[0]} pictures; give one, or one each")
         else:
-            first = secrets.randbelow(2**32) if seed is None else _seed(seed)
+            first = secrets.randbelow(2**32) if seed is None else whole_number(seed, "seed", 0, MAX_SEED)
             seeds = [first + index for index in range(shape[0])]
             place = choose_device(noise_device)
             generators = [torch.Generator(place).manual_seed(value) for value in seeds]
@@ -627,14 +629,13 @@ class L2PPipeline:
         if value is None:
             guided = self.prompt_encoder is not None or negative is not None
             return self.config.defaults.cfg_scale if guided else 1.0
-        if not np.isfinite(value):
-            raise ValueError(f"cfg_scale must be a finite number, got {value!r}")
+        value = number(value, "cfg_scale")
         if value != 1 and self.prompt_encoder is None and negative is None:
             raise ValueError(
                 f"cfg_scale {value:g} needs a negative prompt, which a model without a text encoder cannot "
                 "make; give negative_prompt_embeds or cfg_scale=1"
             )
-        return float(value)
+        return value
 
     def _captions(self, features: Sequence[Tensor]) -> list[Caption]:
         """Each distinct feature tensor through the context refiner, once, all in one visit per block.
@@ -694,18 +695,6 @@ def _part_branches(
 def _repeat(captions: Sequence[Caption], count: int) -> list[Caption]:
     """Picture order: all pictures of the first prompt, then of the second, and so on."""
     return [caption for caption in captions for _ in range(count)]
-
-
-def _count(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"num_images_per_prompt must be a whole number from 1, got {value!r}")
-    return value
-
-
-def _seed(value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
-    return int(value)
 
 
 def _cache_folder(folder: str | os.PathLike[str] | bool) -> Path:

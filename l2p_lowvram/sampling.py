@@ -6,12 +6,14 @@ the model predicts the velocity noise - picture.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from .arguments import number, whole_number
+from .config import MAX_COUNT
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
@@ -22,13 +24,12 @@ def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
 def make_sigmas(steps: int, shift: float, strength: float = 1.0) -> Tensor:
     """(steps + 1,) fp32 noise levels from shift(strength) down to 0, the last exactly 0.
 
-    Raises ValueError unless steps >= 1, shift > 0 and 0 < strength <= 1.
+    Raises ValueError unless 1 <= steps <= MAX_COUNT, shift > 0 and 0 < strength <= 1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"the number of steps must be a whole number from 1, got {steps!r}")
-    if not (math.isfinite(shift) and shift > 0):
+    steps = whole_number(steps, "the number of steps", 1, MAX_COUNT)
+    if number(shift, "shift") <= 0:
         raise ValueError(f"shift must be positive, got {shift}")
-    if not 0 < strength <= 1:
+    if not 0 < number(strength, "strength") <= 1:
         raise ValueError(f"strength must lie in (0, 1], got {strength}")
     sigmas = shift_sigmas(torch.linspace(strength, 0, steps + 1, dtype=torch.float32), shift)
     if not sigmas.isfinite().all():
@@ -41,7 +42,7 @@ def check_sigmas(sigmas: Sequence[float]) -> Tensor:
 
     Raises ValueError unless they descend strictly within (0, 1].
     """
-    values = [float(s) for s in sigmas]
+    values = [number(sigma, "a sigma") for sigma in sigmas]
     if not values:
         raise ValueError("sigmas is empty; give at least one noise level in (0, 1]")
     if not all(0 < s <= 1 for s in values):

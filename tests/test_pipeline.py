@@ -526,14 +526,20 @@ REFUSED = [
     ({"width": 1000}, r"width must be a multiple of 16 pixels for this model, got 1000; nearest are 992 and 1008"),
     ({"height": 0}, r"height must be a multiple of 16 .* got 0; the smallest is 16"),
     ({"width": 64.0}, "width must be a whole number"),
-    ({"num_inference_steps": 0}, "steps must be a whole number from 1, got 0"),
+    ({"num_inference_steps": 0}, "steps must be a whole number from 1 to 65536, got 0"),
     ({"shift": 0.0}, "shift must be positive"),
     ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number"),
     ({"sigmas": [0.5, 0.7], "num_inference_steps": None}, "sigmas must descend"),
     ({"sigmas": [1.5], "num_inference_steps": None}, r"sigmas must lie in \(0, 1\]"),
     ({"sigmas": [], "num_inference_steps": None}, "sigmas is empty"),
     ({"sigmas": [0.5]}, "sigmas says everything"),
+    ({"shift": "3"}, "shift must be a finite number, got '3'"),
+    ({"cfg_scale": "7"}, "cfg_scale must be a finite number, got '7'"),
+    ({"sigmas": [1, None], "num_inference_steps": None}, "a sigma must be a finite number, got None"),
+    ({"num_inference_steps": 2**40}, "the number of steps must be a whole number from 1 to 65536, got 1099511627776"),
     ({"seed": -1}, "seed must be a whole number"),
+    ({"seed": True}, "seed must be a whole number"),
+    ({"latents": np.zeros((1, 3, 32, 64))}, r"latents must be a tensor \(B, 3, H, W\), got ndarray"),
     ({"seed": 1, "latents": torch.zeros(1, 3, 32, 64)}, "give one of seed, generator and latents"),
     ({"latents": torch.zeros(3, 32, 64)}, "latents must have shape"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number from 1"),
@@ -562,6 +568,21 @@ REFUSED = [
 def test_bad_arguments_are_refused_by_name(pipe, change, message: str):
     with pytest.raises(ValueError, match=message):
         pipe(**{**PROMPT, **FAST, **change})
+
+
+def test_numbers_may_be_numpys(pipe):
+    given = {
+        "num_inference_steps": np.int64(2),
+        "shift": np.float32(3),
+        "cfg_scale": np.float64(2),
+        "seed": np.int32(5),
+    }
+
+    drawn = pipe(**PROMPT, **SIZE, **given, num_images_per_prompt=np.int8(1), output_type="pt")
+
+    plain = {name: value.item() for name, value in given.items()}
+    assert torch.equal(drawn.images, pipe(**PROMPT, **SIZE, **plain, output_type="pt").images)
+    assert drawn.seeds == [5]
 
 
 def test_a_prompt_without_a_text_encoder_says_what_to_give(pipe):
