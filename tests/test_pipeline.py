@@ -339,6 +339,39 @@ for allowed in (True, (False, False)):
     assert done.returncode == 0, done.stderr
 
 
+def test_prompts_captions_and_steps_are_computed_in_full_fp32(monkeypatch: pytest.MonkeyPatch):
+    inside: list[tuple[torch.device, torch.dtype]] = []
+    seen: dict[str, list[tuple[torch.device, torch.dtype]]] = {}
+
+    @contextmanager
+    def entered(device: torch.device, dtype: torch.dtype):
+        inside.append((device, dtype))
+        yield
+        inside.pop()
+
+    def watched(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (seen.update({name: list(inside)}), original(*a, **k))[1])
+
+    monkeypatch.setattr(pipeline, "full_fp32", entered)
+    with L2PPipeline.from_pretrained("demo", dtype="fp16") as pipe:
+        for owner, name in ((prompts.PromptEncoder, "__call__"), (pipe, "_refine"), (pipe, "_velocities")):
+            watched(owner, name)
+        pipe("a red ring", width=32, height=32, num_inference_steps=1)
+
+    assert seen == {key: [(torch.device("cpu"), torch.float32)] for key in ("__call__", "_refine", "_velocities")}
+
+
+def test_a_text_encoder_that_overflows_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prompts.PromptEncoder, "__call__", lambda *_: [torch.full((9, 128), float("inf"))])
+
+    with (
+        L2PPipeline.from_pretrained("demo", dtype="fp32") as pipe,
+        pytest.raises(NonFiniteError, match="in the text encoder; try dtype fp32"),
+    ):
+        pipe.encode_prompt("a red ring")
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
