@@ -95,7 +95,10 @@ def _computing(method: Callable[Concatenate[L2PPipeline, P], R]) -> Callable[Con
     def run(self: L2PPipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with (
             self._turn,
-            torch.inference_mode(),
+            # Not inference mode, whose tensors a callback could not go on with; and out of a caller's, since what is
+            # kept for the next call must be usable without it.
+            torch.inference_mode(False),
+            torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),
             on_device(self.device),
             in_host_memory(),
@@ -315,7 +318,7 @@ class L2PPipeline:
             found = self.prompt_encoder(prompts, self._report("text encoder"))
         if not all(bool(features.isfinite().all()) for features in found):
             raise NonFiniteError("text encoder", hint="try dtype fp32")
-        return [outside_inference_mode(features.to(self.device, self.stream_dtype)) for features in found]
+        return [features.to(self.device, self.stream_dtype) for features in found]
 
     @_computing
     def __call__(
@@ -444,7 +447,7 @@ class L2PPipeline:
         if not isinstance(replaced, Tensor) or replaced.shape != pixels.shape:
             found = f"of shape {list(replaced.shape)}" if isinstance(replaced, Tensor) else type(replaced).__name__
             raise ValueError(f"the callback returned latents {found}, expected a tensor {list(pixels.shape)}")
-        return replaced.to(pixels)
+        return replaced.detach().to(pixels)
 
     def _guided_velocity(
         self, job: _Job, pixels: Tensor, sigma: Tensor, step: int, tiling: Tiling
@@ -767,15 +770,9 @@ def _negative_list(negative: Prompts | None, embeds: Embeds | None, count: int) 
     return _check_items(items, "negative_prompt")
 
 
-def outside_inference_mode(tensor: Tensor) -> Tensor:
-    """A copy that callers may train with: tensors made in inference mode refuse autograd for ever."""
-    with torch.inference_mode(False):
-        return tensor.clone()
-
-
 def _as_output(pixels: Tensor, output_type: str) -> Any:
     if output_type == "pt":
-        return outside_inference_mode(pixels.float())
+        return pixels.float()
     if output_type == "np":
         return images.to_uint8(pixels).cpu().numpy()
     return images.to_pil(pixels)

@@ -73,7 +73,7 @@ class StreamedTextEncoder:
         """input_ids (B, L), unpadded -> hidden states before the last layer (B, L, hidden)."""
         return self.encode([input_ids], progress)[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, prompts: Sequence[Tensor], progress: Callable[[int, int], None] | None = None) -> list[Tensor]:
         """Several input_ids (B, L) of different lengths -> hidden states before the last layer (B, L, hidden).
 
@@ -96,8 +96,7 @@ class StreamedTextEncoder:
             finally:
                 stream.close()
                 self._model.scratch.release()
-        with torch.inference_mode(False):
-            return [x.clone() for x, _, _ in states]
+        return [x for x, _, _ in states]
 
     def _embed(self, stream: WeightStream, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The prelude, on a vocabulary of the tokens at hand."""

@@ -645,6 +645,30 @@ def test_an_overflow_stops_the_run_and_names_step_and_phase(tmp_path: Path, para
     assert (caught.value.step, caught.value.phase) == (0, phase)
 
 
+def test_a_callback_may_differentiate_and_a_caller_be_in_inference_mode(pipe):
+    def darken(given, step, sigma, tensors):
+        with torch.enable_grad():
+            latents = tensors["latents"].requires_grad_()
+            latents.square().mean().backward()
+        assert latents.grad is not None
+        return {"latents": latents - 0.5 * latents.grad}
+
+    with torch.inference_mode():
+        first = pipe(**PROMPT, seed=1, **FAST, callback_on_step_end=darken)
+    second = pipe(**PROMPT, seed=1, **FAST, callback_on_step_end=darken)
+    kept = pipe(
+        **PROMPT,
+        seed=1,
+        **{**FAST, "output_type": "np"},
+        callback_on_step_end=lambda *given: {"latents": given[3]["latents"].clone().requires_grad_()},
+    )
+
+    assert torch.equal(first.images, second.images)
+    assert not torch.equal(second.images, pipe(**PROMPT, seed=1, **FAST).images)
+    assert not second.images.requires_grad
+    assert kept.images.shape == (1, 32, 64, 3)
+
+
 def test_a_callback_that_returns_nan_is_caught(pipe):
     def spoil(given, step, sigma, tensors):
         tensors["latents"] = tensors["latents"] * float("nan")
