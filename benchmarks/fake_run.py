@@ -20,10 +20,11 @@ from torch import Tensor
 
 from l2p_lowvram import L2PPipeline, linear, slicing
 from l2p_lowvram.config import ModelConfig
+from l2p_lowvram.estimates import CONTEXT_BYTES, WORKSPACE_BYTES
 from l2p_lowvram.export import LayoutStyle, model_entries, settings_metadata
 from l2p_lowvram.repository import ModelFiles
 from l2p_lowvram.safetensors_writer import encode_header
-from l2p_lowvram.streaming import CONTEXT_BYTES, WORKSPACE_BYTES, MemoryOptions, Streamer
+from l2p_lowvram.streaming import MemoryOptions, Streamer
 from l2p_lowvram.synthetic import synthetic_state
 from l2p_lowvram.tilings import PictureWork, decoder_overhead
 from offload import BudgetError, Checkpoint, ResidencyPlan
@@ -273,7 +274,7 @@ def account(
     with ExitStack() as stack:
         stack.enter_context(patch.object(slicing, "has_fused_kernel", _asking(arch)))
         pipe = stack.enter_context(_pipeline(model, vram, request))
-        pipe.choose_slices(_work(pipe, request))  # a budget too small is refused before it limits anything
+        pipe.describe_plan(_work(pipe, request))  # a budget too small is refused before it limits anything
         # A cached matrix of one fake device is no use to the next.
         stack.callback(linear.hadamard.cache_clear)
         linear.hadamard.cache_clear()
@@ -347,7 +348,7 @@ def _account(cuda: FakeCuda, plan: ResidencyPlan, pipe: L2PPipeline, request: Re
     memory = cuda.memory
     return Account(
         plan,
-        pipe.choose_slices(_work(pipe, request)),
+        pipe.describe_plan(_work(pipe, request)),
         predicted_bytes(plan),
         cuda.allocator.peak_reserved + WORKSPACE_BYTES,
         memory.peak + WORKSPACE_BYTES,

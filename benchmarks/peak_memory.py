@@ -26,8 +26,8 @@ from fake_cuda import ARCHES
 from fake_run import Account, Request, account, decoder_arithmetic, streamed_budget, write_sparse_checkpoint
 
 from l2p_lowvram.devices import DTYPES
+from l2p_lowvram.estimates import CONTEXT_BYTES, WORKSPACE_BYTES
 from l2p_lowvram.families import PUBLISHED
-from l2p_lowvram.streaming import CONTEXT_BYTES, WORKSPACE_BYTES
 from offload import BudgetError, format_bytes, parse_bytes
 
 GIB = 1 << 30

@@ -106,11 +106,11 @@ def compute(job: Job) -> dict[str, Any]:
             tiling = opened(work)
             (stream,) = pipeline.streamer.streams
             moving = [
-                n for n, tier in stream.plan.tiers.items() if tier.value != "device" and n not in stream.work.once
+                n for n, tier in stream.plan.tiers.items() if tier.value != "device" and n not in stream.demand.once
             ]
             if moving:
                 raise SystemExit(f"too little free memory to hold the weights: {len(moving)} blocks would stream")
-            for block in stream.work.blocks:
+            for block in stream.demand.blocks:
                 with pipeline.weights.visit(block.name):
                     pass
             loaded, cpu = time.perf_counter(), time.process_time()
@@ -209,7 +209,7 @@ def guided(job: Job) -> dict[str, Any]:
                 callback_on_step_end=note,
             )
             (stream,) = pipeline.streamer.streams
-            rounds = [block for block in stream.work.blocks if block.name not in stream.work.once]
+            rounds = [block for block in stream.demand.blocks if block.name not in stream.demand.once]
             resident = sum(tier.value == "device" for tier in stream.plan.tiers.values())
             return sum(block.layout.read_bytes for block in rounds), resident, stream.plan.slot_bytes
 

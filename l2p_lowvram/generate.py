@@ -21,6 +21,7 @@ from offload import BudgetError, MemoryWatch, format_bytes, peak_device_bytes, p
 
 from . import images, metadata
 from .console import print_line, say
+from .estimates import CONTEXT_BYTES, PROMPT_TOKENS
 from .order import Order, Picture, Preview, take_order
 from .progress import Progress
 from .report import budget_record, phase_record, phase_table
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 # 4 and below are the command line's own.
 EXIT_MISPLACED, EXIT_BUDGET = 2, 5
-# Of a prompt that nobody has tokenised yet, for the plan.
-_EXPECTED_TOKENS = 64
 DEMO_NOTICE = (
     "no --model given: drawing coloured shapes with the embedded demo model; "
     "for real pictures give --model (or L2P_MODEL) an L2P safetensors file, see the README"
@@ -114,7 +113,7 @@ def _plan(run: Run, settings: metadata.RunSettings) -> str:
     refused: list[BudgetError] = []
     plan = ""
     try:
-        plan = run.pipe.choose_slices(_work(run, settings))
+        plan = run.pipe.describe_plan(_work(run, settings))
     except BudgetError as error:
         refused.append(error)
     try:
@@ -133,7 +132,7 @@ def _prompts(settings: metadata.RunSettings) -> list[str]:
 
 
 def _work(run: Run, settings: metadata.RunSettings) -> PictureWork:
-    return run.pipe.work(settings.width, settings.height, 1, settings.cfg_scale, _EXPECTED_TOKENS)
+    return run.pipe.work(settings.width, settings.height, 1, settings.cfg_scale, PROMPT_TOKENS)
 
 
 def _breaks_budget(report: dict[str, Any]) -> bool:
@@ -426,8 +425,6 @@ def make_report(run: Run, settings: metadata.RunSettings, watch: MemoryWatch) ->
 def _held_bytes(run: Run, watch: MemoryWatch) -> int:
     """What counts towards the budget: on the CPU anonymous memory and mapped weights, at most; elsewhere torch's peak
     and the context's allowance, which torch does not see."""
-    from .streaming import CONTEXT_BYTES
-
     on_device = peak_device_bytes(run.pipe.device)
     mapped = max((figures.mapped_bytes for figures in run.pipe.phases), default=0)
     return watch.peak_anonymous + mapped if on_device is None else on_device + CONTEXT_BYTES

@@ -18,17 +18,15 @@ from offload import Block, BudgetError, Checkpoint, TensorSource
 from .activations import image_tokens
 from .config import ModelConfig
 from .decoder_plan import DecoderJob, macs, whole_plan
+from .estimates import CARD_FLOPS, CPU_FLOPS
 from .layout import ModelLayout
 from .model import L2PTransformer
-from .streaming import Streamer, WeightStream, Work
+from .streaming import PhaseDemand, Streamer, WeightStream
 from .tilings import PictureWork, Tiling, device_activations, device_segments, tilings
 
 CAPTION_EMBEDDER, IMAGE_EMBEDDER, LOCAL_DECODER = "caption_embedder", "image_embedder", "local_decoder"
 _CAPTION_PARAMETERS = ("cap_embedder", "cap_pad_token")
 _DECODER_PARAMETERS = "local_decoder"
-# Operations a second, for the planner alone: of one CPU core, and of a fast card. On a slower one copies hide behind
-# more computing than was thought, and memory is filled that could have stayed free.
-_FLOPS, _DEVICE_FLOPS = 60e9, 200e12
 
 
 class TransformerWeights(Protocol):
@@ -92,7 +90,7 @@ class StreamedWeights:
     def open(self, work: PictureWork) -> Tiling:
         tiling, demand = self.choose(work)
         if self._stream is not None and not self._stream.closed:
-            planned = self._stream.work
+            planned = self._stream.demand
             if demand.activations <= planned.activations and demand.host_bytes <= planned.host_bytes:
                 return tiling
             self._stream.close()
@@ -106,15 +104,15 @@ class StreamedWeights:
     def reserve(self, work: PictureWork, tiling: Tiling) -> None:
         self._streamer.reserve(device_segments(self._config, work, tiling))
 
-    def choose(self, work: PictureWork) -> tuple[Tiling, Work]:
+    def choose(self, work: PictureWork) -> tuple[Tiling, PhaseDemand]:
         """The largest slices whose activations leave room for the weights' ring. Raises BudgetError."""
         on_cpu = self._streamer.device.type == "cpu"
-        seconds = visit_seconds(self._config, work, self._blocks, _FLOPS if on_cpu else _DEVICE_FLOPS)
+        seconds = visit_seconds(self._config, work, self._blocks, CPU_FLOPS if on_cpu else CARD_FLOPS)
         refusal: BudgetError | None = None
         for tiling in tilings(self._config, work):
             activations = device_activations(self._config, work, tiling, on_cpu=on_cpu)
             phase = f"{work.width}x{work.height}"
-            demand = Work(phase, self._blocks, seconds, activations, self._once, work.host_bytes, work.computed)
+            demand = PhaseDemand(phase, self._blocks, seconds, activations, self._once, work.host_bytes, work.computed)
             try:
                 self._streamer.require_room(self._checkpoint, demand)
             except BudgetError as error:

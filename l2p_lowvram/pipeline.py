@@ -186,7 +186,7 @@ class L2PPipeline:
             memory: weights, activations and the device's own share. ram bounds host memory: pinned,
             anonymous, and what is kept cached; on the CPU it bounds everything, and vram is refused.
             pin bounds what is page-locked. The same seed gives the same bits under every budget that allows
-            the same slices (`choose_slices` names them); smaller ones change the last bits.
+            the same slices (`describe_plan` names them); smaller ones change the last bits.
         io: how weights are read: "read", "direct" (past the page cache), "mmap", or "auto", by a short probe.
         slots: blocks that the ring holds, at least 2; by default 2, or 3 where they come from the disk.
         prompt_cache: keep prompt features on disk: True for the user's cache folder, or a folder.
@@ -414,7 +414,7 @@ class L2PPipeline:
         int8 = self.compute.name == INT8
         return PictureWork(width, height, pictures, cfg_scale != 1, tokens, self.dtype, keys, int8)
 
-    def choose_slices(self, work: PictureWork) -> str:
+    def describe_plan(self, work: PictureWork) -> str:
         """How a run would be cut and where its blocks would live, in words. Raises BudgetError if it cannot be."""
         return self.weights.told(work)
 

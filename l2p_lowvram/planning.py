@@ -18,15 +18,14 @@ from offload.residency import predict_stall
 from .compute import AUTO, LayerSize, may_take_int8
 from .config import MAX_SIDE, ModelConfig
 from .devices import DTYPES, stream_dtype
+from .estimates import CACHED_RATE, PROMPT_TOKENS, default_vram
 from .model_weights import LOCAL_DECODER, visit_seconds
 from .profiles import DeviceProfile
 from .repository import ModelFiles
 from .streamed_encoder import StreamedTextEncoder
-from .streaming import MemoryOptions, Streamer, Work
+from .streaming import MemoryOptions, PhaseDemand, Streamer
 from .tilings import PictureWork, Tiling, decoder_overhead
 
-_PROMPT_TOKENS = 64
-_CACHED_RATE = 5e9
 # Bytes of host memory per pixel while a picture is saved: 8-bit pixels, their copy in the encoder.
 _SAVED_PIXEL_BYTES = 6
 _SAVED_PIXELS_PER_SECOND = 10e6
@@ -49,7 +48,7 @@ class PlanRequest:
         kind = DTYPES[self.dtype]
         size = (self.width if width is None else width, self.height if height is None else height)
         guided = self.cfg_scale != 1
-        return PictureWork(*size, self.pictures, guided, _PROMPT_TOKENS, kind, int8=self.int8)
+        return PictureWork(*size, self.pictures, guided, PROMPT_TOKENS, kind, int8=self.int8)
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Planner:
     def __init__(self, files: ModelFiles, profile: DeviceProfile, options: MemoryOptions) -> None:
         """Raises CheckpointError, ValueError for --vram on a CPU."""
         self._profile = profile
-        vram = int(profile.memory * 0.95) if options.vram is None and not profile.is_cpu else options.vram
+        vram = default_vram(profile.memory) if options.vram is None and not profile.is_cpu else options.vram
         # Never "auto": that would read the file to find out.
         io = "read" if options.io == "auto" else options.io
         options = MemoryOptions(vram, options.ram, options.pin, io, options.slots)
@@ -160,12 +159,12 @@ class Planner:
         )
 
     def _denoise(
-        self, work: PictureWork, tiling: Tiling, demand: Work, plan: ResidencyPlan
+        self, work: PictureWork, tiling: Tiling, demand: PhaseDemand, plan: ResidencyPlan
     ) -> tuple[PhasePlan, PhasePlan]:
         """A step without, and of, the local decoder; both at the peak of the step, which they share."""
         seconds = visit_seconds(self.config, work, list(demand.blocks), self._profile.flops)
         seconds[LOCAL_DECODER] *= decoder_overhead(self.config, work, tiling)
-        timed = Work(demand.phase, demand.blocks, seconds, demand.activations, demand.once)
+        timed = PhaseDemand(demand.phase, demand.blocks, seconds, demand.activations, demand.once)
         stall = predict_stall(
             timed.costs(),
             self._rates(),
@@ -188,10 +187,10 @@ class Planner:
         encoder = self._encoder
         if encoder is None:
             return []
-        demand = encoder.work([_PROMPT_TOKENS] * (2 if request.cfg_scale != 1 else 1))
+        demand = encoder.demand([PROMPT_TOKENS] * (2 if request.cfg_scale != 1 else 1))
         plan = self._streamer.plan(demand, None)
         read = sum(block.layout.read_bytes for block in demand.blocks)
-        tokens = _PROMPT_TOKENS * (2 if request.cfg_scale != 1 else 1)
+        tokens = PROMPT_TOKENS * (2 if request.cfg_scale != 1 else 1)
         compute = 2 * tokens * _parameters(encoder) / self._profile.flops
         device, host = self._peaks(plan, 0)
         link = 0 if self._profile.is_cpu else read
@@ -210,7 +209,7 @@ class Planner:
         return plan.device_bytes, self._streamer.process_bytes + plan.host_bytes + pictures
 
     def _rates(self) -> Rates:
-        return Rates(disk=self._profile.disk, cached=_CACHED_RATE, link=self._profile.link)
+        return Rates(disk=self._profile.disk, cached=CACHED_RATE, link=self._profile.link)
 
     def _refused(self, request: PlanRequest, error: BudgetError) -> RunPlan:
         on_host = self._profile.is_cpu or error.of == "host"

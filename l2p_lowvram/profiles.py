@@ -19,20 +19,20 @@ import torch
 from offload import Checkpoint, available_device_bytes, format_bytes, probe_io
 
 from .devices import DTYPES, choose_device, choose_dtype
+from .estimates import CONTEXT_BYTES, CPU_FLOPS, DISK_RATE
 
 REACHED = 0.5
 _GIB = 1 << 30
 _PCIE3_X16, _PCIE4_X8, _PCIE4_X16 = 12e9, 12e9, 25e9
 _NVME = 3e9
-_UNMEASURED_DISK = 1.5e9
 _MAX_JSON_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """memory: bytes of device memory. flops: multiplications and additions a second that are reached. link,
-    disk: bytes a second to the device and from the file; link is None where there is none (CPU). dtype: what
-    it computes in, "bf16", "fp16" or "fp32". source: where the figures come from.
+    """memory: bytes of the device that are free beside its context. flops: multiplications and additions a second that
+    are reached. link, disk: bytes a second to the device and from the file; link is None where there is none (CPU).
+    dtype: what it computes in, "bf16", "fp16" or "fp32". source: where the figures come from.
 
     Raises ValueError for figures that cannot be.
     """
@@ -61,7 +61,7 @@ class DeviceProfile:
 
 
 def _card(name: str, gib: int, tflops: float, link: float, dtype: str, source: str) -> DeviceProfile:
-    return DeviceProfile(name, gib * _GIB, REACHED * tflops * 1e12, link, _NVME, dtype, source)
+    return DeviceProfile(name, gib * _GIB - CONTEXT_BYTES, REACHED * tflops * 1e12, link, _NVME, dtype, source)
 
 
 _TURING = "Turing whitepaper: 2 x FP32 rate on tensor cores with FP32 accumulation; no bf16"
@@ -84,7 +84,7 @@ PROFILES = MappingProxyType(
 
 # Of machines that are not named: a slow card, and one core of a CPU as it was met here.
 ANY_CARD = _card("a slow card", 12, 40.0, _PCIE4_X8, "bf16", "a guess")
-ANY_CPU = DeviceProfile("this CPU", 1 << 40, 60e9, None, _UNMEASURED_DISK, "fp32", "a guess; measure with profile")
+ANY_CPU = DeviceProfile("this CPU", 1 << 40, CPU_FLOPS, None, DISK_RATE, "fp32", "a guess; measure with profile")
 
 
 def choose_profile(name: str | None, *, vram: int | None, dtype: str) -> DeviceProfile:
@@ -152,7 +152,7 @@ def measure_here(device: str, dtype: str, model: str | None) -> DeviceProfile:
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     if model is None:
-        disk, disk_source = _UNMEASURED_DISK, "not measured"
+        disk, disk_source = DISK_RATE, "not measured"
     else:
         with Checkpoint.open(model) as checkpoint:
             probe = probe_io(checkpoint)

@@ -59,7 +59,7 @@ def phase_figures(stream: WeightStream) -> PhaseFigures:
     waits = [span.seconds for span in timeline.lane(WAIT_LANE if is_timed else "wait")]
     tiers = {} if plan is None else {tier.value: plan.count(tier) for tier in sorted(set(plan.tiers.values()))}
     return PhaseFigures(
-        phase=stream.work.phase,
+        phase=stream.demand.phase,
         visits=stream.source.visits,
         read_bytes=stream.read_bytes,
         link_bytes=stream.source.copied_bytes,
@@ -72,7 +72,7 @@ def phase_figures(stream: WeightStream) -> PhaseFigures:
         wait_p95=_percentile(waits, 95),
         io=stream.io.io,
         io_reason=stream.io.reason,
-        tiers=tiers or {"mapped": len(stream.work.blocks)},
+        tiers=tiers or {"mapped": len(stream.demand.blocks)},
         slots=0 if plan is None else plan.slots,
         slot_bytes=0 if plan is None else plan.slot_bytes,
         mapped_bytes=stream.source.mapped_bytes,

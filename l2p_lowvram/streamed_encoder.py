@@ -14,7 +14,8 @@ from offload import Block, Checkpoint, CheckpointError
 
 from .config import TextEncoderConfig
 from .encoder import read_encoder_layout
-from .streaming import Streamer, WeightStream, Work
+from .estimates import CPU_FLOPS
+from .streaming import PhaseDemand, Streamer, WeightStream
 from .text import TextEncoder
 from .weights import check_scales, lent, mark_quantized
 
@@ -85,7 +86,7 @@ class StreamedTextEncoder:
             if checkpoint.identities != self._identities:
                 # What it is read by, places and shapes of its tensors, is of the files as they were.
                 raise CheckpointError(self.path, "was replaced or modified since it was opened; load the model again")
-            stream = self._streamer.open(self._model, checkpoint, self.work([ids.numel() for ids in prompts]))
+            stream = self._streamer.open(self._model, checkpoint, self.demand([ids.numel() for ids in prompts]))
             try:
                 states = [self._embed(stream, ids) for ids in prompts]
                 for done, block in enumerate(self._model.blocks(), 1):
@@ -108,17 +109,17 @@ class StreamedTextEncoder:
     def require_room(self, lengths: Sequence[int]) -> None:
         """Raise BudgetError unless prompts of so many tokens can be encoded together."""
         with Checkpoint.open(self.path) as checkpoint:
-            self._streamer.require_room(checkpoint, self.work(lengths))
+            self._streamer.require_room(checkpoint, self.demand(lengths))
 
-    def work(self, lengths: Sequence[int]) -> Work:
+    def demand(self, lengths: Sequence[int]) -> PhaseDemand:
         """What encoding prompts of so many tokens asks of the weights."""
         config = self.config
         longest, tokens = max(lengths, default=0), sum(lengths)
         inner = config.num_attention_heads * config.head_dim
         widest = longest * (3 * config.intermediate_size + 6 * inner) + config.num_attention_heads * longest**2
         activations = 4 * (2 * tokens * config.hidden_size + widest) + _CONVERTED_BYTES
-        seconds = {block.name: tokens * block.nbytes / 60e9 for block in self._blocks}
-        return Work(
+        seconds = {block.name: tokens * block.nbytes / CPU_FLOPS for block in self._blocks}
+        return PhaseDemand(
             "text encoder",
             self._blocks,
             seconds,

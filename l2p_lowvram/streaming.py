@@ -46,6 +46,7 @@ from offload.paging import POPULATES_SAFELY
 from offload.pinned import system_pin_limit
 from offload.timeline import Timeline
 
+from .estimates import CACHED_RATE, CONTEXT_BYTES, DISK_RATE, LINK_RATE, WORKSPACE_BYTES, default_vram
 from .weights import lent
 
 IO_CHOICES = ("auto", "read", "direct", "mmap")
@@ -59,15 +60,9 @@ _HOST_SPARE = 1 << 30
 _HOST_STEP = 64 << 20
 # Phases whose figures are kept once they are closed; a long-lived pipeline opens one for every prompt.
 _KEPT_CLOSED = 64
-# The CUDA context, and what cuBLAS and cuDNN take beside the tensors. Estimates, not measured here.
-CONTEXT_BYTES = 512 << 20
-WORKSPACE_BYTES = 128 << 20
 _STAGING_BYTES = 64 << 20
 # With less every copy is so short that its overhead counts.
 _LEAST_STAGING_BYTES = 4 << 20
-# For the planner alone: rough, and the same on every run, so that plans are. Of slow machines: on a faster one a block
-# more than necessary stays, which costs nothing.
-_DISK_RATE, _CACHED_RATE, _LINK_RATE = 1.5e9, 5e9, 6e9
 # Of all blocks, what visits of the mapped file may copy before slots are the better place. The thread that computes
 # makes those copies; readers make one of everything, beside it.
 _MOST_COPIED = 1 / 2
@@ -99,7 +94,7 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True)
-class Work:
+class PhaseDemand:
     """What a phase asks of its weights.
 
     phase: for reports and messages. seconds: rough compute time per visit of each block. activations: peak
@@ -122,7 +117,7 @@ class Work:
         copied = sum(copied_bytes(block, self.computed) for block in self.blocks)
         return copied / max(sum(block.nbytes for block in self.blocks), 1)
 
-    def with_copies(self) -> Work:
+    def with_copies(self) -> PhaseDemand:
         """Its activations, and what one visit of the mapped file copies."""
         most = max((copied_bytes(block, self.computed) for block in self.blocks), default=0)
         return replace(self, activations=self.activations + most)
@@ -171,7 +166,7 @@ class WeightStream:
     def __init__(
         self,
         model: nn.Module,
-        work: Work,
+        demand: PhaseDemand,
         source: BlockSource,
         resources: ExitStack,
         io: IoChoice,
@@ -180,7 +175,7 @@ class WeightStream:
         readers: Sequence[Reader] = (),
         plan: ResidencyPlan | None = None,
     ) -> None:
-        self.work = work
+        self.demand = demand
         self.plan = plan
         self.io = io
         self.source = source
@@ -219,7 +214,7 @@ class WeightStream:
         if self.plan is None:
             return 0
         tiers = self.plan.tiers
-        resident = sum(block.nbytes for block in self.work.blocks if tiers[block.name] is Tier.DEVICE)
+        resident = sum(block.nbytes for block in self.demand.blocks if tiers[block.name] is Tier.DEVICE)
         return self.plan.ring_bytes + resident
 
     @property
@@ -270,14 +265,14 @@ class Streamer:
                 "--vram is for graphics cards; on the CPU device memory is RAM, give --ram instead (vram= and ram=)"
             )
 
-    def open(self, model: nn.Module, checkpoint: Checkpoint, work: Work) -> WeightStream:
+    def open(self, model: nn.Module, checkpoint: Checkpoint, demand: PhaseDemand) -> WeightStream:
         """Plan the phase, take its memory, start reading. Raises BudgetError, CheckpointError, OSError."""
-        io = self._choose_io(checkpoint, work)
+        io = self._choose_io(checkpoint, demand)
         if not self._has_ring:
-            return self._open_mapped(model, checkpoint, work, io)
+            return self._open_mapped(model, checkpoint, demand, io)
         if self._computes_mapped(io):
-            return self._open_paged(model, checkpoint, work, io)
-        plan = self._plan_with_room(work, checkpoint)
+            return self._open_paged(model, checkpoint, demand, io)
+        plan = self._plan_with_room(demand, checkpoint)
         with ExitStack() as stack:
             # Entered first, and so called when the ring is closed: the next phase needs other sizes.
             stack.callback(self.release_cached)
@@ -286,18 +281,18 @@ class Streamer:
                 readers.append(stack.enter_context(self.open_reader(checkpoint, "read")))
             ring = stack.enter_context(
                 Ring(
-                    work.blocks,
+                    demand.blocks,
                     plan,
                     self.ring_device(),
                     readers[0],
-                    once=work.once,
-                    keep_cache=self._keeps_cache(work, plan),
+                    once=demand.once,
+                    keep_cache=self._keeps_cache(demand, plan),
                     poison=self.options.poison,
                     cached_reader=readers[-1],
                 )
             )
             stream = WeightStream(
-                model, work, ring, stack.pop_all(), io, checkpoint=checkpoint, readers=readers, plan=plan
+                model, demand, ring, stack.pop_all(), io, checkpoint=checkpoint, readers=readers, plan=plan
             )
         return self._add(stream)
 
@@ -307,10 +302,10 @@ class Streamer:
         self.streams = [*(known for known in self.streams if known not in forgotten), stream]
         return stream
 
-    def _keeps_cache(self, work: Work, plan: ResidencyPlan) -> bool:
+    def _keeps_cache(self, demand: PhaseDemand, plan: ResidencyPlan) -> bool:
         """Whether what is read may stay in the page cache: without a budget, unless it would come again and again and
         put out what is to stay there."""
-        repeated = (plan.tiers[block.name] for block in work.blocks if block.name not in work.once)
+        repeated = (plan.tiers[block.name] for block in demand.blocks if block.name not in demand.once)
         return self.options.ram is None and Tier.DISK not in repeated
 
     def reserve(self, segments: Sequence[int]) -> None:
@@ -327,69 +322,73 @@ class Streamer:
         """What torch's allocator may reserve. Library workspaces are in it: cuBLAS and cuDNN get theirs from there."""
         return None if self.options.vram is None else max(self.options.vram - CONTEXT_BYTES, 0)
 
-    def require_room(self, checkpoint: Checkpoint, work: Work) -> None:
+    def require_room(self, checkpoint: Checkpoint, demand: PhaseDemand) -> None:
         """Raise BudgetError unless the phase fits, no other being open."""
         if self._has_ring:
-            self.plan(work, checkpoint)
+            self.plan(demand, checkpoint)
 
-    def told(self, work: Work, checkpoint: Checkpoint) -> str:
+    def told(self, demand: PhaseDemand, checkpoint: Checkpoint) -> str:
         """`6 blocks stay, 31 stream, 1.95 GiB in all`."""
-        plan = self.plan(work, checkpoint)
+        plan = self.plan(demand, checkpoint)
         stay = plan.count(Tier.DEVICE)
-        return f"{stay} blocks stay, {len(work.blocks) - stay} stream, {format_bytes(plan.device_bytes)} in all"
+        return f"{stay} blocks stay, {len(demand.blocks) - stay} stream, {format_bytes(plan.device_bytes)} in all"
 
     def open_reader(self, checkpoint: Checkpoint, io: str, *, read_ahead: bool = True) -> Reader:
         """What reads a phase's files. Raises CheckpointError, OSError."""
         return Reader(checkpoint, io=io, read_ahead=read_ahead)
 
-    def plan(self, work: Work, checkpoint: Checkpoint | None, beside: Sequence[WeightStream] = ()) -> ResidencyPlan:
+    def plan(
+        self, demand: PhaseDemand, checkpoint: Checkpoint | None, beside: Sequence[WeightStream] = ()
+    ) -> ResidencyPlan:
         """Where the blocks of a phase will live, beside those of phases that stay open. Raises BudgetError.
 
         checkpoint: what is probed where `io` is "auto"; else it may be None.
         """
         is_cpu = self.device.type == "cpu"
-        if is_cpu and self._computes_mapped(self._choose_io(checkpoint, work)):
-            work = work.with_copies()
-        rates = Rates(disk=_DISK_RATE) if is_cpu else Rates(disk=_DISK_RATE, cached=_CACHED_RATE, link=_LINK_RATE)
+        if is_cpu and self._computes_mapped(self._choose_io(checkpoint, demand)):
+            demand = demand.with_copies()
+        rates = Rates(disk=DISK_RATE) if is_cpu else Rates(disk=DISK_RATE, cached=CACHED_RATE, link=LINK_RATE)
         try:
-            budget = self._host_budget(work, beside) if is_cpu else self._device_budget(work, beside)
-            return plan_residency(work.costs(), rates, budget, slots=self.options.slots)
+            budget = self._host_budget(demand, beside) if is_cpu else self._device_budget(demand, beside)
+            return plan_residency(demand.costs(), rates, budget, slots=self.options.slots)
         except BudgetError as error:
-            option = "--ram" if is_cpu or error.of == "host" else "--vram"
-            raise BudgetError(f"{work.phase}: {error}; give more with {option}", error.needed, error.of) from None
+            name = "ram" if is_cpu or error.of == "host" else "vram"
+            raise BudgetError(
+                f"{demand.phase}: {error}; give more with --{name} ({name}=)", error.needed, error.of
+            ) from None
 
-    def _plan_with_room(self, work: Work, checkpoint: Checkpoint) -> ResidencyPlan:
+    def _plan_with_room(self, demand: PhaseDemand, checkpoint: Checkpoint) -> ResidencyPlan:
         """`plan`, if need be after closing the other phases."""
         try:
-            return self.plan(work, checkpoint, self.streams)
+            return self.plan(demand, checkpoint, self.streams)
         except BudgetError:
             self.close_streams()
-            return self.plan(work, checkpoint)
+            return self.plan(demand, checkpoint)
 
-    def _open_paged(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
-        plan = self._plan_with_room(work, checkpoint)
+    def _open_paged(self, model: nn.Module, checkpoint: Checkpoint, demand: PhaseDemand, io: IoChoice) -> WeightStream:
+        plan = self._plan_with_room(demand, checkpoint)
         with ExitStack() as stack:
             # Blocks are brought by their pages: it reads single rows.
             reader = stack.enter_context(self.open_reader(checkpoint, "read", read_ahead=False))
             source = stack.enter_context(
                 PagedBlocks(
                     checkpoint,
-                    work.blocks,
+                    demand.blocks,
                     plan,
-                    once=work.once,
-                    keep_cache=self._keeps_cache(work, plan),
-                    computed=work.computed,
+                    once=demand.once,
+                    keep_cache=self._keeps_cache(demand, plan),
+                    computed=demand.computed,
                 )
             )
             stream = WeightStream(
-                model, work, source, stack.pop_all(), io, checkpoint=checkpoint, readers=[reader], plan=plan
+                model, demand, source, stack.pop_all(), io, checkpoint=checkpoint, readers=[reader], plan=plan
             )
         return self._add(stream)
 
-    def _open_mapped(self, model: nn.Module, checkpoint: Checkpoint, work: Work, io: IoChoice) -> WeightStream:
+    def _open_mapped(self, model: nn.Module, checkpoint: Checkpoint, demand: PhaseDemand, io: IoChoice) -> WeightStream:
         with ExitStack() as stack:
-            blocks = stack.enter_context(MappedBlocks(checkpoint, work.blocks, self.device))
-            stream = WeightStream(model, work, blocks, stack.pop_all(), io, checkpoint=checkpoint)
+            blocks = stack.enter_context(MappedBlocks(checkpoint, demand.blocks, self.device))
+            stream = WeightStream(model, demand, blocks, stack.pop_all(), io, checkpoint=checkpoint)
         return self._add(stream)
 
     @property
@@ -412,7 +411,7 @@ class Streamer:
                 self._ring_device = CudaDevice(self.device, pin_limit=self.options.pin, memory_limit=limit, timing=True)
         return self._ring_device
 
-    def _choose_io(self, checkpoint: Checkpoint | None, work: Work) -> IoChoice:
+    def _choose_io(self, checkpoint: Checkpoint | None, demand: PhaseDemand) -> IoChoice:
         if self.options.io != "auto":
             return IoChoice(self.options.io, None, f"{self.options.io}, as asked for")
         assert checkpoint is not None, "what is to be probed"
@@ -428,26 +427,26 @@ class Streamer:
             self._probes[key] = probe_io(checkpoint, rounds=rounds, round_bytes=round_bytes, in_place=in_place)
         probe = self._probes[key]
         if self._computes_mapped(IoChoice(probe.io, None, "")):
-            share = work.copied_share
+            share = demand.copied_share
             if share > _MOST_COPIED:
                 reason = f"{probe.reason_of(probe.reader)}; mmap would copy {share:.0%}"
                 return IoChoice(probe.reader, probe.rates.get(probe.reader), reason)
         # No rate where nothing could be read: the first block will tell which bytes.
         return IoChoice(probe.io, probe.rates.get(probe.io), probe.reason)
 
-    def _host_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
+    def _host_budget(self, demand: PhaseDemand, beside: Sequence[WeightStream]) -> Budget:
         """On the CPU: one budget for everything."""
         held = sum(stream.device_bytes for stream in beside)
-        return Budget(self._ram(), work.activations, reserved=self.process_bytes + held, name="RAM budget")
+        return Budget(self._ram(), demand.activations, reserved=self.process_bytes + held, name="RAM budget")
 
-    def _device_budget(self, work: Work, beside: Sequence[WeightStream]) -> Budget:
+    def _device_budget(self, demand: PhaseDemand, beside: Sequence[WeightStream]) -> Budget:
         vram = self._vram()
         held = sum(stream.device_bytes for stream in beside)
-        host = self._host_left(work, beside)
+        host = self._host_left(demand, beside)
         pin = system_pin_limit() if self.options.pin is None else self.options.pin
         return Budget(
             vram,
-            work.activations,
+            demand.activations,
             reserved=CONTEXT_BYTES + WORKSPACE_BYTES + held,
             host=host,
             pinned=min(pin, host),
@@ -461,7 +460,7 @@ class Streamer:
             return self.options.vram
         if self._free_vram is None:
             held = sum(stream.device_bytes for stream in self.streams)
-            self._free_vram = (self._free_device_bytes() + held) // 20 * 19 + CONTEXT_BYTES
+            self._free_vram = default_vram(self._free_device_bytes() + held)
         return self._free_vram
 
     def _free_device_bytes(self) -> int:
@@ -480,10 +479,10 @@ class Streamer:
                 f"({format_bytes(free)} with this program's own share): memory may run out"
             )
 
-    def _host_left(self, work: Work, beside: Sequence[WeightStream]) -> int:
+    def _host_left(self, demand: PhaseDemand, beside: Sequence[WeightStream]) -> int:
         """Host bytes for weights on their way to a card. Raises BudgetError where there are hardly any."""
         ram = self._ram()
-        taken = self.process_bytes + work.host_bytes + sum(stream.host_bytes for stream in beside)
+        taken = self.process_bytes + demand.host_bytes + sum(stream.host_bytes for stream in beside)
         if ram - taken >= _LEAST_STAGING_BYTES:
             return ram - taken
         needed = taken + _LEAST_STAGING_BYTES

@@ -26,10 +26,11 @@ from l2p_lowvram.cli import main
 from l2p_lowvram.compute import Compute
 from l2p_lowvram.config import DecoderConfig, DecoderLevel, ModelConfig, SamplingDefaults
 from l2p_lowvram.errors import NonFiniteError, is_out_of_memory
+from l2p_lowvram.estimates import CONTEXT_BYTES
 from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.profiles import ANY_CPU
 from l2p_lowvram.report import PhaseFigures
-from l2p_lowvram.streaming import CONTEXT_BYTES, MemoryOptions
+from l2p_lowvram.streaming import MemoryOptions
 from l2p_lowvram.whole_file import whole_file
 from offload import BudgetError, CheckpointError
 
@@ -90,7 +91,7 @@ class FakePipeline:
     def work(self, *arguments: Any) -> tuple[Any, ...]:
         return arguments
 
-    def choose_slices(self, work: Any) -> str:
+    def describe_plan(self, work: Any) -> str:
         if self.plan_error is not None:
             raise self.plan_error
         return "slices as given"
@@ -452,7 +453,7 @@ def test_the_real_pipeline_takes_what_the_command_gives(
     inspect.signature(L2PPipeline.__call__).bind(None, **pipeline.last.calls[0])
     with torch.device("meta"):
         model = L2PTransformer(CONFIG)
-    used = {"on_progress", "text_encoder", "identity", "warnings", "phases", "memory", "fallbacks", "choose_slices"}
+    used = {"on_progress", "text_encoder", "identity", "warnings", "phases", "memory", "fallbacks", "describe_plan"}
     assert used | {"compute"} <= set(dir(L2PPipeline(model)))
 
 

@@ -13,7 +13,8 @@ import torch
 
 import offload.cuda
 from l2p_lowvram import streaming
-from l2p_lowvram.streaming import CONTEXT_BYTES, MemoryOptions, Streamer, Work
+from l2p_lowvram.estimates import CONTEXT_BYTES
+from l2p_lowvram.streaming import MemoryOptions, PhaseDemand, Streamer
 from offload.cuda import CudaDevice
 from tests.test_offload_cuda import FakeCard, device_on
 
@@ -175,7 +176,7 @@ def test_what_is_free_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([8 * GIB, 7 * GIB])
     monkeypatch.setattr(streaming, "available_device_bytes", lambda device: next(free))
     streamer = Streamer(torch.device("cuda", 0), MemoryOptions(ram=GIB, pin=0))
-    work = Work("picture", [], {}, 0)
+    work = PhaseDemand("picture", [], {}, 0)
 
     first, again = (streamer._device_budget(work, ()).device for _ in range(2))
     streamer.close()

@@ -13,8 +13,8 @@ import pytest
 from fake_cuda import ARCHES, Arch
 from fake_run import FakeDevice, Request, account, streamed_budget, write_sparse_checkpoint
 
+from l2p_lowvram.estimates import CONTEXT_BYTES, WORKSPACE_BYTES
 from l2p_lowvram.families import PUBLISHED
-from l2p_lowvram.streaming import CONTEXT_BYTES, WORKSPACE_BYTES
 from l2p_lowvram.synthetic import mini_config
 
 SMALL = Request(256, 192)

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from l2p_lowvram import L2PPipeline, cli, linear, pipeline, streaming
+from l2p_lowvram import L2PPipeline, cli, linear, pipeline, profiles, streaming
+from l2p_lowvram.estimates import default_vram
 from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.planning import make_plan
-from l2p_lowvram.profiles import ANY_CARD, ANY_CPU, PROFILES
+from l2p_lowvram.profiles import ANY_CARD, ANY_CPU
 from l2p_lowvram.repository import locate_model
 from l2p_lowvram.streamed_encoder import StreamedTextEncoder
-from l2p_lowvram.streaming import MemoryOptions, Work
+from l2p_lowvram.streaming import MemoryOptions, PhaseDemand, Streamer
 from l2p_lowvram.tilings import PictureWork, device_activations, tilings
+from offload import BlockCost, Budget, Rates, ResidencyPlan
 from offload.memory import ProcessMemory, process_memory
 from tests import goldens
 from tests.test_streaming import FAST, PROMPT
@@ -43,6 +45,30 @@ def test_the_plan_names_the_bytes_that_the_run_then_takes(model: Path) -> None:
     assert plan.slots == figures.slots
 
 
+def test_without_a_budget_a_card_is_planned_with_what_a_run_would_take_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (profiles, streaming):
+        monkeypatch.setattr(module, "available_device_bytes", lambda _: 6 << 30)
+    monkeypatch.setattr(profiles, "choose_dtype", lambda *_: torch.bfloat16)
+    budgets = []
+    original = streaming.plan_residency
+
+    def noted(blocks: list[BlockCost], rates: Rates, budget: Budget, **named: int | None) -> ResidencyPlan:
+        budgets.append(budget.device)
+        return original(blocks, rates, budget, **named)
+
+    monkeypatch.setattr(streaming, "plan_residency", noted)
+    files, profile = locate_model(model), profiles.choose_profile(None, vram=None, dtype="auto")
+
+    make_plan(files, profile, MemoryOptions(), {**ASKED, "width": 64, "height": 32})
+    (planned,) = set(budgets)
+    Streamer(torch.device("cuda")).plan(PhaseDemand("run", [], {}, activations=0), None)
+
+    assert planned == budgets[-1] == default_vram(6 << 30)
+
+
 def test_a_card_is_planned_for_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "-m", "demo", "-W", "4096", "-H", "4096", "--device-profile", "rtx4060-laptop-8g"]
 
@@ -53,7 +79,7 @@ def test_a_card_is_planned_for_without_one(capsys: pytest.CaptureFixture[str]) -
 
     assert {"fits", "peak_device_bytes", "peak_host_bytes", "seconds_per_step", "phases"} <= plan.keys()
     assert plan["fits"]
-    assert 0 < plan["peak_device_bytes"] <= PROFILES["rtx4060-laptop-8g"].memory
+    assert 0 < plan["peak_device_bytes"] <= 8 << 30
     assert plan["phases"][0]["name"] == "text encoder"
     assert plan["seconds_per_step"] == pytest.approx(sum(p["seconds"] for p in plan["phases"] if "step" in p["name"]))
     assert "demo" not in text
@@ -95,10 +121,10 @@ def test_too_little_host_memory_for_a_card_does_not_fit_either(
 
 
 def test_a_text_encoder_that_does_not_fit_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(self: StreamedTextEncoder, lengths: list[int]) -> Work:
-        return Work("text encoder", [], {}, activations=3 << 30)
+    def demand(self: StreamedTextEncoder, lengths: list[int]) -> PhaseDemand:
+        return PhaseDemand("text encoder", [], {}, activations=3 << 30)
 
-    monkeypatch.setattr(StreamedTextEncoder, "work", work)
+    monkeypatch.setattr(StreamedTextEncoder, "demand", demand)
     plan = make_plan(locate_model("demo"), ANY_CARD, MemoryOptions(vram=3 << 30), {**ASKED, "width": 64, "height": 64})
 
     assert not plan.fits

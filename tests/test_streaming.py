@@ -19,13 +19,14 @@ from torch import Tensor
 
 import offload.cuda
 from l2p_lowvram import L2PPipeline, cli, images, linear, sampling, selftest, streaming
+from l2p_lowvram.estimates import CONTEXT_BYTES, WORKSPACE_BYTES
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.model_weights import StreamedWeights, cut_into_blocks
 from l2p_lowvram.report import phase_table
 from l2p_lowvram.repository import locate_model
 from l2p_lowvram.selftest import DelayedReader
-from l2p_lowvram.streaming import CONTEXT_BYTES, WORKSPACE_BYTES, MemoryOptions, Streamer, Work
+from l2p_lowvram.streaming import MemoryOptions, PhaseDemand, Streamer
 from l2p_lowvram.synthetic import mini_config, random_state_dict
 from l2p_lowvram.tilings import device_activations, tilings
 from l2p_lowvram.weights import build_transformer, lent, load_transformer
@@ -119,7 +120,7 @@ def visited_once(model: Path) -> frozenset[str]:
 
 def test_too_little_host_memory_beside_a_card_is_refused_with_the_numbers(model: Path) -> None:
     with Checkpoint.open(model) as checkpoint:
-        work = Work("64x32", cut_into_blocks(read_layout(checkpoint))[0], {}, activations=0, host_bytes=1 << 20)
+        work = PhaseDemand("64x32", cut_into_blocks(read_layout(checkpoint))[0], {}, activations=0, host_bytes=1 << 20)
 
     def plan(ram: int) -> ResidencyPlan:
         return Streamer(torch.device("cuda"), MemoryOptions(vram=4 << 30, ram=ram)).plan(work, None)
@@ -209,15 +210,14 @@ def test_weights_that_stay_for_a_larger_picture_leave_it_the_room_it_needs(model
 def test_what_is_told_of_a_run_is_what_it_does(model: Path) -> None:
     with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model, "mmap") + 200_000, io="mmap") as pipe:
         work = pipe.work(64, 32, 1, 1.0, 32)
-        told = pipe.choose_slices(work)
+        told = pipe.describe_plan(work)
         pipe.weights.open(work)
         (stream,) = pipe.streamer.streams
 
     assert stream.plan is not None
     stay = stream.plan.count(Tier.DEVICE)
-    assert told.endswith(
-        f"{stay} blocks stay, {len(stream.work.blocks) - stay} stream, {format_bytes(stream.plan.device_bytes)} in all"
-    )
+    streamed = len(stream.demand.blocks) - stay
+    assert told.endswith(f"{stay} blocks stay, {streamed} stream, {format_bytes(stream.plan.device_bytes)} in all")
 
 
 def test_a_closed_pipeline_can_be_used_again(model: Path) -> None:
@@ -479,9 +479,9 @@ def test_the_selftest_tells_a_picture_that_differs(
     assert drawn[:3] == [False, True, True]
 
 
-def work_of(model: Path, **options: Any) -> Work:
+def work_of(model: Path, **options: Any) -> PhaseDemand:
     with Checkpoint.open(model) as checkpoint:
-        return Work("64x32", cut_into_blocks(read_layout(checkpoint))[0], {}, activations=0, **options)
+        return PhaseDemand("64x32", cut_into_blocks(read_layout(checkpoint))[0], {}, activations=0, **options)
 
 
 @pytest.mark.parametrize(("device", "vram"), [("cpu", None), ("cuda", 4 << 30)])
