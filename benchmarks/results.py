@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -75,13 +77,32 @@ def show(figures: Sequence[Figure]) -> None:
 
 
 def save(name: str, figures: Sequence[Figure], details: Mapping[str, Any] | None = None) -> Path:
-    """Write results/NAME.json: figures, machine, command; `details` holds what the figures came from."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_paths(sys.argv[1:])])
-    record = {"command": command, "machine": machine(), "figures": [asdict(figure) for figure in figures]}
+    """Write results/NAME.json: figures, machine, commit, command; `details` holds what the figures came from."""
+    command = " ".join([*_switches(), "python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_paths(sys.argv[1:])])
+    record = {
+        "command": command,
+        "commit": _commit(),
+        "machine": machine(),
+        "figures": [asdict(figure) for figure in figures],
+    }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**record, **(details or {})}, indent=1, default=str) + "\n")
     return path
+
+
+def _switches() -> list[str]:
+    """What the environment told the libraries that compute."""
+    return sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(("ONEDNN_", "DNNL_")))
+
+
+def _commit() -> str | None:
+    """Of the tree that was measured, "-dirty" where files were changed since; None where git cannot tell."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _without_paths(arguments: Sequence[str]) -> list[str]:

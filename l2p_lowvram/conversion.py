@@ -48,7 +48,6 @@ from .markers import QUANTIZATION_METADATA
 from .naming import SCALE
 from .paths import CONFIG_FILE, destination
 from .quantization import Scheme, absmax, quantize_tensor, tensor_scale
-from .repository import header_sha256
 from .safetensors_writer import TensorEntry, file_bytes, write_safetensors
 from .settings import METADATA_ENTRY
 from .sources import LinearQuantization
@@ -386,7 +385,7 @@ class Rewriting:
             "file": self.checkpoint.files[0].name,
             "files": len(self.checkpoint.files),
             "bytes": sum(identity.size for identity in self.checkpoint.identities.values()),
-            "header_sha256": header_sha256(self.checkpoint.files),
+            "header_sha256": self.checkpoint.header_sha256,
             "sample_sha256": self._sample_sha256(),
         }
         return {"tool": f"l2p_lowvram {__version__}", **self.recipe.as_dict(), "source": source}

@@ -42,7 +42,7 @@ from .paths import expanded
 from .prompt_cache import PromptCache
 from .prompts import PromptEncoder
 from .report import PhaseFigures, phase_figures
-from .repository import ModelFiles, header_sha256, locate_model
+from .repository import ModelFiles, locate_model
 from .slicing import key_tile_for
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import MemoryOptions, Streamer
@@ -227,9 +227,9 @@ class L2PPipeline:
         """`from_pretrained` once it is known which files make up the model, and who streams them."""
         encoder = files.text_encoder(streamer, stream_dtype(dtype))
         tokenizer = files.tokenizer() if encoder is not None else None
-        if encoder is not None:
-            files.check_width(encoder.config.hidden_size)
         opened = files.open_transformer(streamer)
+        if encoder is not None:
+            files.check_width(encoder.config.hidden_size, opened.transformer.config.caption_dim)
         if opened.int8_layers:
             size = LayerSize(opened.transformer.config.dim, opened.transformer.config.ffn_dim)
             chosen, notes = choose_compute(compute, streamer.device, dtype, size), opened.warnings
@@ -242,7 +242,7 @@ class L2PPipeline:
         identity, prompts = dict(opened.identity), None
         if encoder is not None and tokenizer is not None:
             prompts = PromptEncoder(encoder, tokenizer, cache)
-            identity["text_encoder"] = {"file": encoder.path.name, "header_sha256": header_sha256(encoder.files)}
+            identity["text_encoder"] = {"file": encoder.path.name, "header_sha256": encoder.header_sha256}
             identity["tokenizer_sha256"] = tokenizer.identity
         return cls(
             opened.transformer,

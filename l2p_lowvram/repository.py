@@ -9,7 +9,6 @@ FOLDER/
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,7 @@ class ModelFiles:
             identity: dict[str, object] = {
                 "file": DEMO if self.weights == DEMO_FOLDER else self.weights.name,
                 "bytes": sum(file.stat().st_size for file in checkpoint.files),
-                "header_sha256": header_sha256(checkpoint.files),
+                "header_sha256": checkpoint.header_sha256,
                 "family": layout.family,
             }
         except BaseException:
@@ -70,14 +69,12 @@ class ModelFiles:
         weights = StreamedWeights(transformer, layout, checkpoint, streamer)
         return OpenedTransformer(transformer, weights, identity, layout.warnings, int8_layers(layout))
 
-    def check_width(self, features: int) -> None:
-        """Raise ValueError unless the model reads text features of that width (headers only)."""
-        with Checkpoint.open(self.weights) as checkpoint:
-            width = read_layout(checkpoint).config.caption_dim
-        if features != width:
+    def check_width(self, features: int, expected: int) -> None:
+        """Raise ValueError unless the text encoder's features are as wide as the model expects them."""
+        if features != expected:
             raise ValueError(
                 f"{self.text_encoder_path}: the text encoder makes features of width {features}, "
-                f"the model reads {width}; they do not belong together"
+                f"the model reads {expected}; they do not belong together"
             )
 
     def text_encoder(self, streamer: Streamer, dtype: torch.dtype) -> StreamedTextEncoder | None:
@@ -93,17 +90,6 @@ class ModelFiles:
                 f"no {TOKENIZER_FILE} found for the text encoder {self.text_encoder_path}; name it with tokenizer="
             )
         return PromptTokenizer.from_file(str(self.tokenizer_path))
-
-
-def header_sha256(files: tuple[Path, ...]) -> str:
-    """The hash of every file's header: tells checkpoints of different tensors apart without reading 7 GB. Fine-tunes in
-    the same layout have the same."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            size = file.read(8)
-            digest.update(size + file.read(int.from_bytes(size, "little")))
-    return digest.hexdigest()
 
 
 def locate_model(

@@ -45,7 +45,7 @@ class StreamedTextEncoder:
         with Checkpoint.open(self.path) as checkpoint:
             self.layout = read_encoder_layout(checkpoint)
             check_scales(checkpoint, self.layout.sources.values())
-            self.files = checkpoint.files
+            self.files, self.header_sha256 = checkpoint.files, checkpoint.header_sha256
             self._identities = dict(checkpoint.identities)
         with torch.device("meta"):
             model = TextEncoder(self.layout.config)

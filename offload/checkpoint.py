@@ -5,6 +5,7 @@ Opening reads the headers and maps the files; no weight is read before someone t
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,12 @@ class Checkpoint:
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
         self._mapped: dict[Path, _Bytes] | None = {part.path: part.mapped for part in parts}
         self._mappings = {part.path: part.mapping for part in parts}
+
+    @property
+    def header_sha256(self) -> str:
+        """Hash of all headers: tells checkpoints of different tensors apart. Fine-tunes in one layout have the same."""
+        hashes = [identity.header_sha256 for identity in self.identities.values()]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:

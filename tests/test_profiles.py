@@ -38,7 +38,10 @@ def test_the_machine_at_hand_is_measured_and_read_back(
         ("[]", "is no device profile"),
         ('{"name": "x"}', "is no device profile"),
         (as_json(PROFILES["rtx4090"]).replace('"bf16"', '"int4"'), "dtype of a device profile must be bf16"),
-        (as_json(PROFILES["rtx4090"]).replace(str(PROFILES["rtx4090"].memory), "-1"), "memory of a device profile must be a positive"),
+        (
+            as_json(PROFILES["rtx4090"]).replace('"memory": ', '"memory": -'),
+            "memory of a device profile must be a positive",
+        ),
     ],
 )
 def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

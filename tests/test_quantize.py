@@ -35,7 +35,7 @@ from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.linear import hadamard
 from l2p_lowvram.quantization import Scheme
-from l2p_lowvram.repository import DEMO_FOLDER, header_sha256
+from l2p_lowvram.repository import DEMO_FOLDER
 from l2p_lowvram.safetensors_writer import TensorEntry, encode_header, write_safetensors
 from l2p_lowvram.synthetic import mini_config, parameter_shapes, random_state_dict, synthetic_state
 from l2p_lowvram.weights import load_transformer
@@ -160,7 +160,8 @@ def test_markers_stand_in_tensors_and_in_the_metadata_with_the_source(tmp_path: 
     made = json.loads(metadata["l2p_conversion"])
     assert made["scheme"] == "row"
     assert made["source"]["file"] == "original.safetensors"
-    assert made["source"]["header_sha256"] == header_sha256((source,))
+    with Checkpoint.open(source) as checkpoint:
+        assert made["source"]["header_sha256"] == checkpoint.header_sha256
 
 
 def test_patterns_choose_the_layers(tmp_path: Path) -> None:
