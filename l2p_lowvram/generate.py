@@ -290,7 +290,7 @@ def make_pictures(run: Run, settings: metadata.RunSettings) -> None:
 
 def _encode(run: Run, settings: metadata.RunSettings) -> tuple[Tensor, Tensor | None]:
     """Features of the prompt and, with guidance on, of the negative prompt."""
-    if run.pipe.text_encoder is None:
+    if run.pipe.prompt_encoder is None:
         raise InputError(f"{run.order.model}: has no text encoder; name one with --text-encoder and --tokenizer")
     started = time.perf_counter()
     guided = settings.cfg_scale != 1

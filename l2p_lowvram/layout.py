@@ -115,18 +115,17 @@ def read_layout(
     checkpoint: Checkpoint,
     *,
     rope_axes: tuple[int, int, int] | None = None,
-    settings: ModelSettings | None = None,
 ) -> ModelLayout:
     """Find an L2P model in an open checkpoint.
 
-    rope_axes: overrides every other source. settings: what to use instead of the `l2p.json` beside the
-    file (read if the file is named `model*.safetensors`). Both may be left out for head width 128.
+    rope_axes: overrides every other source, the `l2p.json` beside the file among them (which is read if the file is
+    named `model*.safetensors`). None will do for head width 128.
     Raises CheckpointError naming the tensor and the reason for everything that is not exactly an L2P
     model in a supported layout, missing and left-over tensors included.
     """
     path = checkpoint.files[0]
     found = _Inventory.of(checkpoint, path)
-    settings = _settings(checkpoint, path, settings)
+    settings = _settings(checkpoint, path)
     if rope_axes is not None:
         settings = replace(settings, rope_axes=rope_axes)
     config = read_config(found.shapes(), path, settings, found.patch_size)
@@ -173,8 +172,8 @@ def _parameters(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], set[st
     return {name: tuple(p.shape) for one, p in model.named_parameters() for name in spread(one)}, linears
 
 
-def _settings(checkpoint: Checkpoint, path: Path, given: ModelSettings | None) -> ModelSettings:
-    settings = settings_beside(path) if given is None else given
+def _settings(checkpoint: Checkpoint, path: Path) -> ModelSettings:
+    settings = settings_beside(path)
     text = checkpoint.metadata.get(METADATA_ENTRY)
     if text is None:
         return settings

@@ -81,10 +81,6 @@ class Rotation:
         if self.kind == REGULAR and power % 2:
             raise ValueError(f"a regular Hadamard rotation needs a power of four, got {self.group}")
 
-    def matrix(self) -> Tensor:
-        """The (group, group) fp32 matrix H: symmetric, orthogonal, its own inverse."""
-        return hadamard(self.group, self.kind, torch.device("cpu"))
-
     def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (..., K) with every run of `group` columns multiplied by H, in fp32; into `out` where given."""
         blocks = x.float().reshape(-1, self.group)

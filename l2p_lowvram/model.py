@@ -5,7 +5,7 @@ one token stream, so whoever drives the loop decides where their weights live
 and how many branches share a visit. `Slices` says how a block computes: all
 tokens at once, or in slices that update the token stream in place:
 
-    state = model.prelude(pixels, timestep, model.encode_caption(caption))
+    state = model.prelude(pixels, t, model.encode_caption(features))
     for block in model.blocks():
         state = block.visit(state)
     velocity = model.epilogue(state, pixels)
@@ -39,8 +39,6 @@ from .int8_matmul import Int8Matmul
 from .linear import Linear, RMSNorm
 from .scratch import Scratch
 
-# (q, k, v), each (B, H, L, D) -> (B, H, L, D)
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 PerToken = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
 
@@ -150,11 +148,11 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(dim // n_heads, NORM_EPS)
         self.k_norm = RMSNorm(dim // n_heads, NORM_EPS)
 
-    def forward(self, x: Tensor, rope: Tensor, attend: Attention) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # each (B, L, H, D)
         q = rotate(self.q_norm(q), rope)
         k = rotate(self.k_norm(k), rope)
-        o = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.project(o.transpose(1, 2).flatten(2))
 
     def project(self, o: Tensor) -> Tensor:
@@ -264,16 +262,10 @@ class TransformerBlock(nn.Module):
             assert isinstance(layer, Linear)
             layer.int8_matmul = matmul
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor,
-        timestep_embedding: Tensor | None = None,
-        attend: Attention = F.scaled_dot_product_attention,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, timestep_embedding: Tensor | None = None) -> Tensor:
         """x (B, L, D), rope (L, head width / 2), timestep_embedding (B, T) -> (B, L, D)."""
         modulation = self.modulation(timestep_embedding)
-        o = self.attention(self.attention_input(x, modulation), rope, attend)
+        o = self.attention(self.attention_input(x, modulation), rope)
         return self.feed_forward_added(self.attention_added(x, o, modulation), modulation)
 
     def update_(self, x: Tensor, rope: Tensor, timestep_embedding: Tensor | None, slices: Slices) -> None:
@@ -410,15 +402,13 @@ class Block:
     module: TransformerBlock
     joint: bool
 
-    def visit(
-        self, state: State, attend: Attention = F.scaled_dot_product_attention, slices: Slices | None = None
-    ) -> State:
-        """The state after this block. With `slices` its tokens are updated in place (and `attend` is theirs)."""
+    def visit(self, state: State, slices: Slices | None = None) -> State:
+        """The state after this block. With `slices` its tokens are updated in place."""
         state = state.join() if self.joint else state
         if slices is not None:
             self.module.update_(state.tokens, state.rope, state.timestep_embedding, slices)
             return state
-        tokens = self.module(state.tokens, state.rope, state.timestep_embedding, attend)
+        tokens = self.module(state.tokens, state.rope, state.timestep_embedding)
         return replace(state, tokens=tokens)
 
 
@@ -495,13 +485,12 @@ class L2PTransformer(nn.Module):
         self,
         features: Tensor | Sequence[Tensor],
         dtype: torch.dtype = torch.float32,
-        attend: Attention = F.scaled_dot_product_attention,
     ) -> Caption:
         """`embed_caption` and the context refiner, which sees neither picture nor timestep:
         the result holds for every step of a run."""
         caption = self.embed_caption(features, dtype)
         for _, block in self._numbered(self.context_refiner):
-            caption = replace(caption, tokens=block(caption.tokens, caption.rope, None, attend))
+            caption = replace(caption, tokens=block(caption.tokens, caption.rope, None))
         return caption
 
     def room(self, pixels: Tensor, caption: Caption) -> Room:
@@ -568,13 +557,12 @@ class L2PTransformer(nn.Module):
         pixels: Tensor,
         t: Tensor,
         caption: Caption,
-        attend: Attention = F.scaled_dot_product_attention,
         slices: Slices | None = None,
     ) -> Tensor:
         """pixels (B, 3, H, W) at noise level sigma, t (B,) = 1 - sigma -> velocity (B, 3, H, W)."""
         state = self.prelude(pixels, t, caption, slices)
         for block in self.blocks():
-            state = block.visit(state, attend, slices)
+            state = block.visit(state, slices)
         return self.epilogue(state, pixels)
 
 

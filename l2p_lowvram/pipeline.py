@@ -126,7 +126,6 @@ class L2PPipeline:
         *,
         weights: TransformerWeights | None = None,
         streamer: Streamer | None = None,
-        text_encoder: StreamedTextEncoder | None = None,
         prompt_encoder: PromptEncoder | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -137,7 +136,6 @@ class L2PPipeline:
     ) -> None:
         self.transformer = transformer
         self.weights = ResidentWeights(transformer.config) if weights is None else weights
-        self.text_encoder = text_encoder
         self.device = torch.device(device)
         self.streamer = Streamer(self.device) if streamer is None else streamer
         self._finalizer = weakref.finalize(self, _close, self.weights, self.streamer)
@@ -248,7 +246,6 @@ class L2PPipeline:
             opened.transformer,
             weights=opened.weights,
             streamer=streamer,
-            text_encoder=encoder,
             prompt_encoder=prompts,
             device=streamer.device,
             dtype=dtype,
@@ -267,6 +264,11 @@ class L2PPipeline:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def text_encoder(self) -> StreamedTextEncoder | None:
+        """None where the model has none, and runs from `prompt_embeds` alone."""
+        return None if self.prompt_encoder is None else self.prompt_encoder.encoder
 
     @property
     def memory(self) -> MemoryOptions:

@@ -51,12 +51,6 @@ def total_bytes(sources: Iterable[TensorSource]) -> int:
     return sum(source.nbytes for source in sources)
 
 
-def file_tensors(sources: Iterable[TensorSource]) -> list[TensorInfo]:
-    """The file tensors of `sources` in file order: the extents to read for a block."""
-    parts = (part.tensor for source in sources for part in source.parts)
-    return sorted(parts, key=lambda info: (info.path, info.offset))
-
-
 def weight_source(name: str, shape: tuple[int, ...], tensors: list[TensorInfo], *, may_be_int8: bool) -> TensorSource:
     """A parameter from its file tensors; raises CheckpointError for wrong shapes and dtypes."""
     part_shape = (shape[0] // len(tensors), *shape[1:])

@@ -510,7 +510,6 @@ def probe_io(
     *,
     rounds: int = 5,
     round_bytes: int = 16 << 20,
-    threads: int = THREADS,
     in_place: bool = False,
 ) -> IoProbe:
     """Time each way of reading on ranges of the largest file that it alone touches, in turns.
@@ -532,7 +531,7 @@ def probe_io(
                 if io == "mmap":
                     ways[io] = _paging(stack.enter_context(closing(checkpoint.pages(path))))
                 else:
-                    ways[io] = _reading(stack.enter_context(Reader(checkpoint, io=io, threads=threads)), buffer)
+                    ways[io] = _reading(stack.enter_context(Reader(checkpoint, io=io)), buffer)
             except OSError as error:
                 refused[io] = error.strerror or str(error)
         places = _places(checkpoint.identities[path].size, rounds * len(ways), round_bytes)

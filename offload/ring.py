@@ -148,11 +148,6 @@ class Ring:
             self._timer.done()
             self._release(visit, compute)
 
-    @property
-    def waited_seconds(self) -> float:
-        """Of the caller, for the courier, as far back as the timeline goes."""
-        return sum(span.seconds for span in self.timeline.lane("wait"))
-
     def _take(self, index: int) -> _Visit:
         """The next visit, which must be to the block at `index`; seeks where the courier is elsewhere."""
         home = self._homes[index]

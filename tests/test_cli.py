@@ -60,7 +60,6 @@ class FakePipeline:
     draw_error: BaseException | None = None
     plan_error: BaseException | None = None
     has_text_encoder = True
-    prompt_encoder = None
     loads = 0
 
     def __init__(self, model: str, options: dict[str, Any]) -> None:
@@ -71,7 +70,9 @@ class FakePipeline:
         self.identity = {"file": "fake.safetensors", "bytes": 1, "header_sha256": "ab" * 32, "family": "1K"}
         self.warnings: tuple[str, ...] = ()
         self.on_progress: Any = None
-        self.text_encoder = types.SimpleNamespace() if self.has_text_encoder else None
+        self.planned: list[list[str]] = []
+        fits = types.SimpleNamespace(require_room=self.planned.append)
+        self.prompt_encoder = fits if self.has_text_encoder else None
         self.memory, self.phases, self.fallbacks = MemoryOptions(ram=options["ram"]), [], []
         self.closed = False
         self.encoded: list[str] = []
@@ -206,6 +207,7 @@ def test_the_pipeline_gets_features_and_settings_once(
         "slots": 4,
     }
     assert pipe.encoded == ["a fox", "blurry"]
+    assert pipe.planned == [["a fox", "blurry"]]
     assert [call["seed"] for call in pipe.calls] == [1, 2]
     call = pipe.calls[0]
     assert (call["width"], call["height"], call["num_inference_steps"]) == (64, 16, 2)
@@ -453,7 +455,7 @@ def test_the_real_pipeline_takes_what_the_command_gives(
     inspect.signature(L2PPipeline.__call__).bind(None, **pipeline.last.calls[0])
     with torch.device("meta"):
         model = L2PTransformer(CONFIG)
-    used = {"on_progress", "text_encoder", "identity", "warnings", "phases", "memory", "fallbacks", "describe_plan"}
+    used = {"on_progress", "prompt_encoder", "identity", "warnings", "phases", "memory", "fallbacks", "describe_plan"}
     assert used | {"compute"} <= set(dir(L2PPipeline(model)))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
-    "offload": {"offload", "torch", "numpy", "psutil", "tqdm"},
+    "offload": {"offload", "torch", "numpy", "psutil"},
     "tiling": {"tiling", "torch", "numpy"},
 }
 # Plain PyTorch that runs alone: the same code is the product and the oracle.
@@ -87,6 +87,36 @@ def test_plain_modules_exist(module: str) -> None:
 @pytest.mark.parametrize("module", [name for name in PLAIN_MODULES if (ROOT / "l2p_lowvram" / f"{name}.py").is_file()])
 def test_plain_modules_reach_neither_offload_nor_tiling(module: str) -> None:
     assert not reached_packages(module, ROOT) & {"offload", "tiling"}
+
+
+def imported_at_once(path: Path, root: Path) -> set[str]:
+    """Modules of l2p_lowvram that importing this file imports: not those of functions and of TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    kept = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    source = "\n".join(ast.unparse(node) for node in kept)
+    names = imported_modules(source, package_of(path, root))
+    return {name for name in names if (root / (name.replace(".", "/") + ".py")).is_file()}
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    paths = sorted((ROOT / "l2p_lowvram").rglob("*.py"))
+    left = {".".join(path.relative_to(ROOT).with_suffix("").parts): imported_at_once(path, ROOT) for path in paths}
+
+    while free := [name for name, imports in left.items() if not imports & left.keys()]:
+        for name in free:
+            del left[name]
+
+    assert left == {}
+
+
+def test_the_pipeline_is_composed_for_commands_and_by_nothing_below() -> None:
+    users = {
+        path.stem
+        for path in (ROOT / "l2p_lowvram").rglob("*.py")
+        if "l2p_lowvram.pipeline" in imported_modules(path.read_text(), package_of(path, ROOT))
+    }
+
+    assert users == {"__init__", "generate", "selftest"}
 
 
 def test_files_are_named_after_what_they_hold() -> None:

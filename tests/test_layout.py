@@ -29,10 +29,9 @@ from l2p_lowvram.layout import ModelLayout, read_layout
 from l2p_lowvram.linear import SYLVESTER, Linear, Rotation
 from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.naming import PREFIXES
-from l2p_lowvram.sources import file_tensors
 from l2p_lowvram.synthetic import mini_config, random_state_dict
 from l2p_lowvram.weights import load_transformer
-from offload import Checkpoint, CheckpointError
+from offload import Block, Checkpoint, CheckpointError
 
 CONFIG = mini_config(ffn_dim=192)
 STATE = random_state_dict(CONFIG, seed=3)
@@ -160,7 +159,7 @@ def test_blocks_name_the_bytes_to_read_for_them(tmp_path: Path) -> None:
     raw = path.read_bytes()
 
     names = list(layout.blocks)
-    extents = file_tensors(layout.blocks["layers.1"])
+    extents = Block("layers.1", layout.blocks["layers.1"]).layout.extents
 
     assert names == ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"]
     assert layout.block_bytes["layers.1"] == sum(extent.nbytes for extent in extents)
