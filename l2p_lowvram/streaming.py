@@ -11,9 +11,8 @@ these come from is decided per phase (text encoder, denoising) from block sizes 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +20,34 @@ from torch import Tensor, nn
 from offload import (
     Block,
     BlockCost,
+    BlockSource,
     Budget,
     BudgetError,
     Checkpoint,
     CpuDevice,
+    Extent,
     IoProbe,
+    MappedBlocks,
     OwnedDevice,
+    PagedBlocks,
     Rates,
     Reader,
     ResidencyPlan,
     Ring,
     TensorSource,
     Tier,
+    available_device_bytes,
+    available_host_bytes,
     format_bytes,
     plan_residency,
     probe_io,
+    process_memory,
 )
-from offload.blocks import Extent
 from offload.devices import aligned_buffer
-from offload.mapped import MappedBlocks, read_source
-from offload.memory import available_device_bytes, available_host_bytes, process_memory
-from offload.paged import PagedBlocks, copied_bytes
+from offload.mapped import read_source
+from offload.paged import copied_bytes
 from offload.paging import POPULATES_SAFELY
 from offload.pinned import system_pin_limit
-from offload.timeline import Timeline
 
 from .estimates import CACHED_RATE, CONTEXT_BYTES, DISK_RATE, LINK_RATE, WORKSPACE_BYTES, default_vram
 from .weights import lent
@@ -127,28 +130,6 @@ class PhaseDemand:
             BlockCost(block.name, block.nbytes, self.seconds.get(block.name, 0.0), int(block.name not in self.once))
             for block in self.blocks
         ]
-
-
-class BlockSource(Protocol):
-    """What `Ring`, `PagedBlocks` and `MappedBlocks` have in common.
-
-    copied_bytes: over a link. read_bytes: from files, but for what a `Reader` counts. mapped_bytes: of files, the most
-    that was brought into memory and mapped at once.
-    """
-
-    timeline: Timeline
-    visits: int
-
-    @property
-    def copied_bytes(self) -> int: ...
-
-    @property
-    def read_bytes(self) -> int: ...
-
-    @property
-    def mapped_bytes(self) -> int: ...
-
-    def visit(self, name: str) -> AbstractContextManager[Mapping[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)

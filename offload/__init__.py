@@ -19,13 +19,15 @@ On a CPU `PagedBlocks(checkpoint, blocks, plan)` lends the same without a reader
 file; `probe_io(checkpoint, in_place=True)` says "mmap" where that spares processor time.
 """
 
-from offload.blocks import Block, Part, SlotLayout, TensorSource
+from offload.block_source import BlockSource
+from offload.blocks import Block, Extent, Part, SlotLayout, TensorSource
 from offload.checkpoint import Checkpoint
 from offload.cuda import CudaDevice
 from offload.devices import CpuDevice, Device, OwnedDevice
 from offload.errors import BudgetError, CheckpointError
 from offload.header import TensorInfo
 from offload.identity import FileIdentity
+from offload.mapped import MappedBlocks
 from offload.memory import (
     MemoryWatch,
     ProcessMemory,
@@ -38,13 +40,14 @@ from offload.memory import (
 from offload.paged import PagedBlocks
 from offload.pinned import PinnedArena, default_pin_limit
 from offload.reading import IoProbe, Reader, probe_io
-from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
+from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency, predict_stall
 from offload.ring import Ring
 from offload.sizes import format_bytes, module_bytes, parse_bytes, tensor_bytes
 
 __all__ = [
     "Block",
     "BlockCost",
+    "BlockSource",
     "Budget",
     "BudgetError",
     "Checkpoint",
@@ -52,8 +55,10 @@ __all__ = [
     "CpuDevice",
     "CudaDevice",
     "Device",
+    "Extent",
     "FileIdentity",
     "IoProbe",
+    "MappedBlocks",
     "MemoryWatch",
     "OwnedDevice",
     "PagedBlocks",
@@ -76,6 +81,7 @@ __all__ = [
     "parse_bytes",
     "peak_device_bytes",
     "plan_residency",
+    "predict_stall",
     "probe_io",
     "process_memory",
     "start_device_peak",

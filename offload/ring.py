@@ -74,6 +74,8 @@ class Ring:
     `once` names blocks visited before the rounds only: prefetched when the courier starts among them,
     skipped by the rounds. `keep_cache`: what was read may stay in the page cache, whatever its tier.
 
+    Each wait and each record is a method of its own: tests take one out, and the simulator must report it.
+
     timeline: when the disk read ("disk"), the caller waited for the courier ("wait") and held a block ("compute");
     on a device that times visits also when it waited ("device wait") and computed ("device compute").
     """

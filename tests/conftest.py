@@ -2,8 +2,11 @@
 
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -17,3 +20,10 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    before = threading.enumerate()  # of other tests' pipelines, until they are collected
+    yield
+    assert [thread.name for thread in threading.enumerate() if "offload" in thread.name and thread not in before] == []

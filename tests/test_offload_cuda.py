@@ -199,11 +199,7 @@ class _Notes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = threading.enumerate()  # of other tests' pipelines, until they are collected
-    yield
-    assert [thread.name for thread in threading.enumerate() if "offload" in thread.name and thread not in before] == []
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 @pytest.fixture

@@ -28,10 +28,7 @@ MIB = 1 << 20
 ROWS = [4096, 2048, 2048, 2048, 2048]
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
-    assert [thread.name for thread in threading.enumerate() if "offload" in thread.name] == []
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tiling import layers_from, layers_of, reach, tiled, tiles
-from tiling.conv import Conv, Reach
+from tiling import JOIN, SKIP, Conv, Reach, Up, layers_from, layers_of, pool, reach, tiled, tiles
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **settings: int) -> nn.Conv2d:
@@ -50,6 +49,28 @@ def test_a_plain_net_in_tiles_gives_what_the_whole_gives(name: str):
 
     for tile in (align, 3 * align, 64):
         torch.testing.assert_close(tiled(net, x, tile=tile // align * align), net(x), atol=1e-12, rtol=0)
+
+
+class UNet(nn.Module):
+    """No sequence of modules: nothing can be read off it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep, self.last = conv(3, 4, padding=1), conv(4, 4, padding=1), conv(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(torch.cat([x, F.interpolate(self.deep(F.max_pool2d(x, 2)), scale_factor=2)], 1))
+
+
+@torch.inference_mode()
+def test_any_net_runs_in_tiles_once_its_layers_are_named():
+    net, x = UNet(), torch.randn(1, 3, 40, 28, dtype=torch.float64)
+    layers = (Conv(3), SKIP, pool(2), Conv(3), Up(2), JOIN, Conv(1, 1, 0))
+
+    torch.testing.assert_close(tiled(net, x, tile=8, layers=layers), net(x), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="layers of UNet cannot be read off; give layers="):
+        tiled(net, x, tile=8)
 
 
 @torch.inference_mode()

@@ -121,7 +121,7 @@ def _layers_of_module(module: nn.Module) -> tuple[Layer, ...]:
         factor = module.scale_factor
         if isinstance(factor, int | float) and factor == int(factor):
             return (Up(int(factor)),)
-    raise ValueError(f"{module} has no exact tiles that follow from its settings; give the layers yourself")
+    raise ValueError(f"{module} has no exact tiles that follow from its settings; give layers= yourself")
 
 
 def _square(module: nn.Module, sides: Sequence[int]) -> int:
@@ -288,16 +288,23 @@ def run_tiled(
             write(rows.keep, columns.keep, result[..., rows.local, columns.local])
 
 
-def tiled(net: nn.Sequential, x: Tensor, *, tile: int, halo: int | None = None) -> Tensor:
-    """net(x) for a plain sequential net and x (B, C, H, W), in tiles; layers are read off the modules.
+def tiled(
+    net: nn.Module, x: Tensor, *, tile: int, halo: int | None = None, layers: Sequence[Layer] | None = None
+) -> Tensor:
+    """net(x) for x (B, C, H, W), in tiles; of a plain `nn.Sequential` the layers are read off the modules.
 
         net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.MaxPool2d(2),
                             nn.Conv2d(8, 8, 3, padding=1), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 1))
         picture = tiled(net, x, tile=256)
 
-    Modules have to be in eval mode where that matters (batch norm, dropout).
+    layers: of any other net, in the order of its forward. Modules have to be in eval mode where that matters (batch
+    norm, dropout). Exact up to rounding. Raises ValueError for modules whose layers cannot be read off, and sizes that
+    the net's strides do not divide.
     """
-    layers = layers_of(net)
+    if layers is None:
+        if not isinstance(net, nn.Sequential):
+            raise ValueError(f"the layers of {type(net).__name__} cannot be read off; give layers=")
+        layers = layers_of(net)
     result: list[Tensor] = []
     scale = Fraction(reach(layers).out_align, reach(layers).align)
 
