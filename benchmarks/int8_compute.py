@@ -25,7 +25,8 @@ from results import Figure, at_least, finish, parser
 from torch import Tensor
 
 from l2p_lowvram import L2PPipeline
-from l2p_lowvram.compute import INT8, Compute, LayerSize, choose_compute, has_vnni
+from l2p_lowvram.choices import INT8
+from l2p_lowvram.compute import Compute, LayerSize, choose_compute, has_vnni
 from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.int8_matmul import Int8Matmul, in_fp32
 from l2p_lowvram.linear import Linear

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .choices import AUTO, COMPUTE_CHOICES, DTYPE_CHOICES, IO_CHOICES
 from .config import MAX_COUNT
 from .console import lost_output, open_standard_descriptors, print_line, say
 from .quantize import add_dequantize, add_quantize
@@ -250,7 +251,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        choices=(AUTO, *DTYPE_CHOICES),
         help="auto: bf16 where the device computes it natively, else fp16 on cards that are fast in it, else fp32",
     )
     model.add_argument(
@@ -258,7 +259,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     _add_compute(
         model,
-        "auto: int8 where it is measured to be clearly faster, on CPUs with VNNI unless it is measured to be slower",
+        "auto: int8 where it is measured to be clearly faster, on CPUs with VNNI unless it is measured to take a "
+        "quarter longer or more",
     )
 
 
@@ -344,7 +346,7 @@ def _add_compute(group: argparse._ActionsContainer, auto: str) -> None:
     group.add_argument(
         "--compute",
         default="auto",
-        choices=("auto", "dequant", "int8"),
+        choices=COMPUTE_CHOICES,
         help=f"INT8 weights as floats (dequant), or multiplied with INT8 activations (int8: faster on some devices, "
         f"another and slightly worse picture for a seed); {auto}",
     )
@@ -368,7 +370,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--io",
         default="auto",
-        choices=("auto", "read", "direct", "mmap"),
+        choices=IO_CHOICES,
         help="how weights are read: through the page cache, past it, or mapped; auto (default) by a short probe",
     )
     memory.add_argument(
@@ -420,9 +422,7 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="a card's name (rtx3060-12g, rtx4060-laptop-8g, rtx4090, ...) or a .json file that profile wrote; "
         "default: a slow card where --vram is given, else this machine",
     )
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: as the device computes"
-    )
+    parser.add_argument("--dtype", default="auto", choices=(AUTO, *DTYPE_CHOICES), help="auto: as the device computes")
     _add_compute(parser, "auto: as int8 wherever a run may take it, which takes more memory")
     _add_memory(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -438,9 +438,7 @@ def _add_profile(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument("-m", "--model", metavar="FILE", help="what the disk's rate is measured on; default: none is")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: as generate chooses it"
-    )
+    parser.add_argument("--dtype", default="auto", choices=(AUTO, *DTYPE_CHOICES), help="auto: as generate chooses it")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the profile as JSON, for --device-profile FILE")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -16,10 +16,10 @@ from offload import CheckpointError
 from .conversion import THREADS, Layout, RowReader, StoredLinear
 from .export import row_runs
 from .naming import SCALE
+from .quantization import SMALLEST_SCALE
 
 # Half a step is the largest rounding error there is; the rest is for the arithmetic of comparing.
 _HALF_STEP = 0.501
-_SMALLEST_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _layer_error(module: str, source: ReadableLayout, after: StoredLinear) -> La
         norm += float(values.square_().sum())
         # A rotation is its own inverse: it gives back the error of what is stored.
         stored = error if rotation is None else rotation.apply(error)
-        steps = stored.abs() / after.scale_of_rows(start, stop).clamp_min(_SMALLEST_SCALE)
+        steps = stored.abs() / after.scale_of_rows(start, stop).clamp_min(SMALLEST_SCALE)
         largest = torch.maximum(largest, torch.stack([error.abs_().amax(), steps.amax()]))
     max_abs, max_steps = largest.tolist()
     return LayerError(module, math.sqrt(difference / norm) if norm else 0.0, max_abs, max_steps)

@@ -2,7 +2,7 @@
 
 Kernels are tried before they are believed: one whose sums are not the exact integers is out (some saturate,
 silently, on CPUs without VNNI). On a card `auto` takes INT8 only where it was seen to be faster; on CPUs with VNNI,
-where it is known to be, unless it was seen to be slower.
+where it is known to be, unless it was seen to take a quarter longer or more.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .choices import AUTO, COMPUTE_CHOICES, DEQUANT, INT8
 from .int8_matmul import Int8Matmul, by_int_mm, in_fp32
 from .linear import Linear
 from .profiles import run_seconds
 
-AUTO, DEQUANT, INT8 = "auto", "dequant", "int8"
-COMPUTE_CHOICES = (AUTO, DEQUANT, INT8)
 # By which INT8 must win before `auto` takes it: it costs accuracy, and what a disturbed measurement could turn
 # around would make other pictures from one run to the next. VNNI is known to win by far (3 to 6 times where it was
 # measured), so on a CPU the measurement has but a veto.

@@ -12,8 +12,6 @@ from typing import Any
 
 # Fixed by the architecture, the same in every published checkpoint.
 IMAGE_CHANNELS = 3
-# How far img2img departs from its picture where nobody says.
-DEFAULT_STRENGTH = 0.6
 TOKEN_MULTIPLE = 32  # both token streams are padded to a multiple of this
 TIMESTEP_FREQUENCIES = 256  # width of the sinusoid
 TIMESTEP_SCALE = 1000.0
@@ -23,7 +21,8 @@ NORM_EPS = 1e-5
 # (caption/sequence, row, column) channels of one head, for the published head width.
 DEFAULT_ROPE_AXES = {128: (32, 48, 48)}
 
-
+# How far img2img departs from its picture where nobody says.
+DEFAULT_STRENGTH = 0.6
 # Of a picture, in pixels: far more than any model draws, and what planning takes a minute to refuse.
 MAX_SIDE = 65_536
 # Of steps, or pictures of one command: far more than anybody waits for.

@@ -287,7 +287,7 @@ def quantized_state(
     for name, module, source in _parameters(layout):
         if module in targets:
             weight = StoredLinear.of(layout, module, reader)
-            fitting = _fitting(scheme, weight.shape[1])
+            fitting = scheme.fitting(weight.shape[1])
             kept = weight.is_stored_in(fitting)
             state[name] = weight.as_stored() if kept else _Quantizer(weight, fitting).quantized()
         elif module in layout.quantized:
@@ -324,10 +324,6 @@ def _parameters(layout: Layout) -> list[tuple[str, str, TensorSource]]:
 def _float(source: TensorSource, reader: RowReader, dtype: torch.dtype | None) -> LazyTensor:
     lazy = LazyTensor.of_rows(source.dtype, source.shape, lambda start, stop: reader.rows(source, start, stop))
     return lazy.cast(dtype or source.dtype)
-
-
-def _fitting(scheme: Scheme, columns: int) -> Scheme:
-    return Scheme(scheme.block) if scheme.rotation and columns % scheme.rotation.group else scheme
 
 
 def _matches(module: str, patterns: Sequence[str]) -> bool:

@@ -232,8 +232,7 @@ def quantized_state(
 
 def quantized_weight(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """`weight` (N, K) quantised now; unrotated where the rotation's group does not divide K."""
-    if scheme.rotation is not None and weight.shape[1] % scheme.rotation.group:
-        scheme = Scheme(scheme.block)
+    scheme = scheme.fitting(weight.shape[1])
     stored, scale = scheme.quantize(weight)
     return QuantizedWeight(LazyTensor.of(stored), LazyTensor.of(scale), scheme.rotation)
 

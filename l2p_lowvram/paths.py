@@ -17,6 +17,14 @@ _BESIDE = (SETTINGS_FILE, CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_FOLDER, TEXT_EN
 DEMO = "demo"
 
 
+def model_folder(path: Path) -> Path | None:
+    """The folder whose other files belong to the model: itself, or that of a file named `model*`, since a folder of
+    many models has no single text encoder and no single set of defaults."""
+    if path.is_dir():
+        return path
+    return path.parent if path.name.startswith("model") else None
+
+
 def expanded(path: str | os.PathLike[str]) -> Path:
     """With ~ filled in. Raises FileNotFoundError for a user there is not."""
     try:

@@ -26,7 +26,8 @@ from offload import parse_bytes
 
 from . import images, sampling
 from .arguments import number, whole_number
-from .compute import DEQUANTISED, INT8, Compute, LayerSize, choose_compute, without_int8
+from .choices import INT8
+from .compute import DEQUANTISED, Compute, LayerSize, choose_compute, without_int8
 from .config import DEFAULT_STRENGTH, IMAGE_CHANNELS, MAX_SEED, ModelConfig
 from .devices import choose_device, choose_dtype, full_fp32, in_host_memory, on_device, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
@@ -192,8 +193,8 @@ class L2PPipeline:
         compute: what multiplies the INT8 weights of attention and feed-forward. "dequant": them as floats.
             "int8": INT8 activations, quantised per token, by the best kernel of the device; a seed gives another,
             slightly worse picture. "auto": int8 where it is measured to be clearly faster; on CPUs with VNNI unless it
-            is measured to be slower; on others, and for narrow layers, dequant. `pipe.compute` says what was chosen
-            and why.
+            is measured to take a quarter longer or more; on others, and for narrow layers, dequant. `pipe.compute`
+            says what was chosen and why.
 
         Raises CheckpointError for a file that is refused, ValueError or FileNotFoundError otherwise. A
         budget that is too small for a picture is found out by the call that makes it (BudgetError).

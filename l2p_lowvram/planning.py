@@ -15,7 +15,8 @@ import torch
 from offload import BudgetError, Rates, ResidencyPlan, Tier, format_bytes
 from offload.residency import predict_stall
 
-from .compute import AUTO, LayerSize, may_take_int8
+from .choices import AUTO
+from .compute import LayerSize, may_take_int8
 from .config import MAX_SIDE, ModelConfig
 from .devices import DTYPES, stream_dtype
 from .estimates import CACHED_RATE, PROMPT_TOKENS, default_vram

@@ -18,6 +18,7 @@ import torch
 
 from offload import Checkpoint, available_device_bytes, format_bytes, probe_io
 
+from .choices import DTYPE_CHOICES
 from .devices import DTYPES, choose_device, choose_dtype
 from .estimates import CONTEXT_BYTES, CPU_FLOPS, DISK_RATE
 
@@ -52,7 +53,7 @@ class DeviceProfile:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e20:
                 raise ValueError(f"{what} of a device profile must be a positive number, got {value!r:.40}")
-        if self.dtype not in ("bf16", "fp16", "fp32"):
+        if self.dtype not in DTYPE_CHOICES:
             raise ValueError(f"dtype of a device profile must be bf16, fp16 or fp32, got {self.dtype!r:.40}")
 
     @property
@@ -162,10 +163,9 @@ def measure_here(device: str, dtype: str, model: str | None) -> DeviceProfile:
     memory = available_device_bytes(place)
     if memory is None:
         raise ValueError(f"device {place} does not tell how much memory it has, so it has no profile")
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     link = None if place.type == "cpu" else _link_rate(place)
     source = f"measured with torch {torch.__version__}; disk: {disk_source}"
-    return DeviceProfile(str(place), memory, _flops(place, kind), link, disk, names[kind], source)
+    return DeviceProfile(str(place), memory, _flops(place, kind), link, disk, _name_of(kind), source)
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .linear import REGULAR, SYLVESTER, Rotation
 
 INT8_MAX = 127.0
 # An all-zero row would divide by zero; any positive scale gives its zeros back.
-_SMALLEST_SCALE = 1e-30
+SMALLEST_SCALE = 1e-30
 _FLOAT8_MAX = 448.0
 _CACHED_ELEMENTS = 1 << 17
 
@@ -43,6 +43,12 @@ class Scheme:
         if kind == "block":
             return cls(int(number))
         return cls(0 if kind == "row" else None, float8=kind == "fp8")
+
+    def fitting(self, columns: int) -> Scheme:
+        """Without its rotation where the group does not divide so many columns."""
+        if self.rotation is None or columns % self.rotation.group == 0:
+            return self
+        return replace(self, rotation=None)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight (N, K) -> stored values and fp32 scale.
@@ -112,7 +118,7 @@ def quantize_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (N, K) -> float8 E4M3 (N, K) and a single fp32 scale ()."""
-    scale = (weight.float().abs().amax() / _FLOAT8_MAX).clamp_min(_SMALLEST_SCALE)
+    scale = (weight.float().abs().amax() / _FLOAT8_MAX).clamp_min(SMALLEST_SCALE)
     return (weight.float() / scale).to(torch.float8_e4m3fn), scale
 
 
@@ -123,7 +129,7 @@ def _few_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _scale(largest: Tensor) -> Tensor:
-    return (largest / INT8_MAX).clamp_min(_SMALLEST_SCALE)
+    return (largest / INT8_MAX).clamp_min(SMALLEST_SCALE)
 
 
 def _rounded(values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from offload import Checkpoint, CheckpointError
 from .layout import read_layout
 from .model import L2PTransformer
 from .model_weights import StreamedWeights
-from .paths import DEMO, TEXT_ENCODER_FOLDER, TOKENIZER_FILE, TOKENIZER_FOLDER, expanded
+from .paths import DEMO, TEXT_ENCODER_FOLDER, TOKENIZER_FILE, TOKENIZER_FOLDER, expanded, model_folder
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import Streamer
 from .text import PromptTokenizer
@@ -108,16 +108,6 @@ def locate_model(
     if folder is not None and encoder_path is None and (folder / TEXT_ENCODER_FOLDER).is_dir():
         encoder_path = folder / TEXT_ENCODER_FOLDER
     return ModelFiles(path, encoder_path, _find_tokenizer(folder, encoder_path, tokenizer_path))
-
-
-def model_folder(path: Path) -> Path | None:
-    """The folder whose other files belong to the model: itself, or that of a file named `model*`.
-
-    The same rule as for `l2p.json`: a folder of many models has no single text encoder.
-    """
-    if path.is_dir():
-        return path
-    return path.parent if path.name.startswith("model") else None
 
 
 def _existing(path: PathLike | None, what: str) -> Path | None:

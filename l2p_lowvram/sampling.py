@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import number, whole_number
-from .config import MAX_COUNT
+from .config import MAX_COUNT, TIMESTEP_SCALE
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
@@ -59,10 +59,10 @@ def model_time(sigma: Tensor, *, bf16: bool = False) -> Tensor:
     step of that arithmetic, as the original pipeline does. Off by up to 2.7 of
     1000 on a 30-step schedule; only for comparing with the original.
     """
-    timestep = sigma * 1000
+    timestep = sigma * TIMESTEP_SCALE
     if bf16:
         timestep = timestep.to(torch.bfloat16)
-    return (1000 - timestep) / 1000
+    return (TIMESTEP_SCALE - timestep) / TIMESTEP_SCALE
 
 
 def euler_step(pixels: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:

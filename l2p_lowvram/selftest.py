@@ -20,11 +20,11 @@ from offload import BudgetError, Checkpoint, Reader
 from offload.blocks import Extent
 from offload.reading import ReadJob
 
-from .compute import DEQUANT
+from .choices import DEQUANT, IO_CHOICES
 from .layout import read_layout
 from .pipeline import L2PPipeline
 from .repository import DEMO_FOLDER, ModelFiles, locate_model
-from .streaming import IO_CHOICES, MemoryOptions, Streamer
+from .streaming import MemoryOptions, Streamer
 from .weights import load_transformer
 
 _PROMPT = "a large red circle on a blue background, left"

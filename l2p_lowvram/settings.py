@@ -17,7 +17,7 @@ from offload import CheckpointError
 from offload.header import parse_json_object
 
 from .config import ModelConfig, SamplingDefaults
-from .paths import SETTINGS_FILE
+from .paths import SETTINGS_FILE, model_folder
 
 METADATA_ENTRY = "l2p"
 _MAX_SETTINGS_BYTES = 1 << 20
@@ -54,12 +54,12 @@ class ModelSettings:
 def settings_beside(weights: Path) -> ModelSettings:
     """The `l2p.json` of the model folder that `weights` is the model file of; empty where there is none.
 
-    Only a file named `model*.safetensors` makes its folder a model folder: a folder of many models
-    has no single set of defaults. Raises CheckpointError for a file that is there and wrong.
+    Raises CheckpointError for a file that is there and wrong.
     """
-    path = weights.with_name(SETTINGS_FILE)
-    if not weights.name.startswith("model") or not path.is_file():
+    folder = model_folder(weights)
+    if folder is None or not (folder / SETTINGS_FILE).is_file():
         return ModelSettings()
+    path = folder / SETTINGS_FILE
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_SETTINGS_BYTES + 1)

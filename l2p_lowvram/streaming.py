@@ -49,10 +49,10 @@ from offload.paged import copied_bytes
 from offload.paging import POPULATES_SAFELY
 from offload.pinned import system_pin_limit
 
+from .choices import AUTO, IO_CHOICES
 from .estimates import CACHED_RATE, CONTEXT_BYTES, DISK_RATE, LINK_RATE, WORKSPACE_BYTES, default_vram
 from .weights import lent
 
-IO_CHOICES = ("auto", "read", "direct", "mmap")
 # Below this the probe would take longer than it could save.
 _PROBED_BYTES = 256 << 20
 # What the process comes to hold beside weights and activations: interpreter, libraries, the picture's file.
@@ -85,7 +85,7 @@ class MemoryOptions:
     vram: int | None = None
     ram: int | None = None
     pin: int | None = None
-    io: str = "auto"
+    io: str = AUTO
     slots: int | None = None
     poison: bool = False
 
@@ -393,7 +393,7 @@ class Streamer:
         return self._ring_device
 
     def _choose_io(self, checkpoint: Checkpoint | None, demand: PhaseDemand) -> IoChoice:
-        if self.options.io != "auto":
+        if self.options.io != AUTO:
             return IoChoice(self.options.io, None, f"{self.options.io}, as asked for")
         assert checkpoint is not None, "what is to be probed"
         size = sum(identity.size for identity in checkpoint.identities.values())

@@ -191,8 +191,7 @@ def _quantized(name: str, shape: tuple[int, ...], scheme: Scheme, tile: RandomTi
     rows, columns = shape
     if scheme.float8:
         raise ValueError("synthetic weights are INT8 or floats, not FP8")
-    if scheme.rotation is not None and columns % scheme.rotation.group:
-        scheme = Scheme(scheme.block)
+    scheme = scheme.fitting(columns)
     block = scheme.block
     if block and (rows % block or columns % block):
         raise ValueError(f"{name} of shape {list(shape)} has no whole number of blocks of {block}")
