@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import secrets
 import threading
 import time
 import weakref
@@ -28,7 +27,7 @@ from . import images, sampling
 from .arguments import number, whole_number
 from .choices import INT8
 from .compute import DEQUANTISED, Compute, LayerSize, choose_compute, without_int8
-from .config import DEFAULT_STRENGTH, IMAGE_CHANNELS, MAX_SEED, ModelConfig
+from .config import IMAGE_CHANNELS, ModelConfig
 from .devices import choose_device, choose_dtype, full_fp32, in_host_memory, on_device, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
 from .model import Caption, L2PTransformer, Room, State, padded_length
@@ -44,6 +43,19 @@ from .prompt_cache import PromptCache
 from .prompts import PromptEncoder
 from .report import PhaseFigures, phase_figures
 from .repository import ModelFiles, locate_model
+from .request import (
+    Embeds,
+    Prompts,
+    check_image,
+    check_start,
+    choose_size,
+    make_schedule,
+    negative_list,
+    noise_source,
+    noised,
+    prompt_list,
+    require_finite,
+)
 from .slicing import key_tile_for
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import MemoryOptions, Streamer
@@ -52,8 +64,6 @@ from .tilings import PictureWork, Tiling, tilings
 
 StepCallback = Callable[["L2PPipeline", int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
 ProgressCallback = Callable[[str, int, int], None]
-Prompts = str | Sequence[str]
-Embeds = Tensor | Sequence[Tensor]
 P = ParamSpec("P")
 R = TypeVar("R")
 OUTPUT_TYPES = ("pil", "pt", "np")
@@ -374,16 +384,18 @@ class L2PPipeline:
         self._interrupted = False
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        image = _check_image(image)
+        image = check_image(image)
         count = whole_number(num_images_per_prompt, "num_images_per_prompt", 1)
         cfg = self._cfg_scale(cfg_scale, negative_prompt_embeds)
-        schedule = self._schedule(num_inference_steps, shift, sigmas, strength, from_noise=image is None)
-        width, height = self._size(width, height, image, latents)
-        prompts = _prompt_list(prompt, prompt_embeds)
-        negatives = _negative_list(negative_prompt, negative_prompt_embeds, len(prompts)) if cfg != 1 else None
+        schedule = make_schedule(
+            self.config.defaults, num_inference_steps, shift, sigmas, strength, from_noise=image is None
+        )
+        width, height = choose_size(self.config, width, height, image, latents)
+        prompts = prompt_list(prompt, prompt_embeds)
+        negatives = negative_list(negative_prompt, negative_prompt_embeds, len(prompts)) if cfg != 1 else None
         batch = len(prompts) * count
-        draw, seeds = self._noise((batch, IMAGE_CHANNELS, height, width), seed, generator, latents, noise_device)
-        _check_start(image, latents, (IMAGE_CHANNELS, height, width))
+        draw, seeds = noise_source((batch, IMAGE_CHANNELS, height, width), seed, generator, latents, noise_device)
+        check_start(image, latents, (IMAGE_CHANNELS, height, width))
 
         started = time.perf_counter()
         features = self._features([*prompts, *(negatives or [])])
@@ -403,8 +415,8 @@ class L2PPipeline:
         )
         # Not before the picture is known to fit. In a list, for the loop to take it out of: no frame holds on to what
         # the run began with.
-        start = [draw() if image is None else self._noised(image, draw(), schedule[0])]
-        _require_finite(start[0], "latents" if latents is not None else "image")
+        start = [draw() if image is None else noised(image, draw(), schedule[0])]
+        require_finite(start[0], "latents" if latents is not None else "image")
         with full_fp32(self.device, self.stream_dtype):
             result, was_stopped = self._denoise(job, start, tiling)
         seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
@@ -542,91 +554,13 @@ class L2PPipeline:
         callback = self.on_progress
         return (lambda done, total: None) if callback is None else lambda done, total: callback(phase, done, total)
 
-    def _schedule(
-        self,
-        steps: int | None,
-        shift: float | None,
-        sigmas: Sequence[float] | None,
-        strength: float | None,
-        *,
-        from_noise: bool,
-    ) -> Tensor:
-        defaults = self.config.defaults
-        if sigmas is None:
-            steps = defaults.steps if steps is None else steps
-            depart = 1.0 if from_noise else DEFAULT_STRENGTH if strength is None else strength
-            return sampling.make_sigmas(steps, defaults.shift if shift is None else shift, depart)
-        if steps is not None or shift is not None:
-            raise ValueError("sigmas says everything about the schedule; leave out num_inference_steps and shift")
-        if strength is not None:
-            raise ValueError("sigmas says everything about the schedule; leave out strength")
-        return sampling.check_sigmas(sigmas)
-
-    def _size(
-        self, width: int | None, height: int | None, image: Image.Image | Tensor | None, latents: Tensor | None
-    ) -> tuple[int, int]:
-        """Width and height, checked. Raises ValueError."""
-        own = (self.config.defaults.width, self.config.defaults.height)
-        if latents is not None:
-            if not isinstance(latents, Tensor):
-                raise ValueError(f"latents must be a tensor (B, 3, H, W), got {type(latents).__name__}")
-            if latents.dim() != 4 or latents.shape[1] != IMAGE_CHANNELS:
-                raise ValueError(f"latents must have shape (B, 3, H, W), got {list(latents.shape)}")
-            own = (latents.shape[3], latents.shape[2])
-        elif isinstance(image, Image.Image):
-            own = image.size
-        elif image is not None:
-            own = (image.shape[-1], image.shape[-2])
-        width, height = (own[0] if width is None else width), (own[1] if height is None else height)
-        self.config.check_size(width, height)
-        return width, height
-
-    def _noise(
-        self,
-        shape: tuple[int, int, int, int],
-        seed: int | None,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        latents: Tensor | None,
-        noise_device: str | torch.device,
-    ) -> tuple[Callable[[], Tensor], list[int] | None]:
-        """What draws the initial noise (B, 3, H, W) in fp32 in host memory, and the pictures' seeds where seeds make
-        it. Raises ValueError here, not as it draws."""
-        if sum(source is not None for source in (seed, generator, latents)) > 1:
-            raise ValueError("give one of seed, generator and latents")
-        if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"latents must have shape {list(shape)} here, got {list(latents.shape)}")
-            return lambda: latents.float().cpu(), None
-        if isinstance(generator, torch.Generator):
-            return lambda: sampling.make_noise(shape, generator).cpu(), None
-        single, seeds = (1, *shape[1:]), None
-        if generator is not None:
-            generators = list(generator)
-            if len(generators) != shape[0]:
-                raise ValueError(f"{len(generators)} generators for {shape[0]} pictures; give one, or one each")
-        else:
-            first = secrets.randbelow(2**32) if seed is None else whole_number(seed, "seed", 0, MAX_SEED)
-            seeds = [first + index for index in range(shape[0])]
-            place = choose_device(noise_device)
-            generators = [torch.Generator(place).manual_seed(value) for value in seeds]
-        return lambda: torch.cat([sampling.make_noise(single, g).cpu() for g in generators]), seeds
-
-    def _noised(self, image: Image.Image | Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        return sampling.add_noise(self._picture(image, noise.shape[3], noise.shape[2]), noise, sigma)
-
-    def _picture(self, image: Image.Image | Tensor, width: int, height: int) -> Tensor:
-        """img2img's start (1, 3, H, W) in fp32, in host memory."""
-        if isinstance(image, Image.Image):
-            return images.from_pil(image, width, height)
-        return (image[None] if image.dim() == 3 else image).float().cpu()
-
     def _features(self, items: Sequence[str | Tensor]) -> list[Tensor]:
         """Features (tokens, width) of every prompt: all texts encoded together, given tensors moved once."""
         texts = list(dict.fromkeys(item for item in items if isinstance(item, str)))
         known: dict[str | int, Tensor] = dict(zip(texts, self.encode_prompts(texts), strict=True)) if texts else {}
         for item in items:
             if isinstance(item, Tensor):
-                _require_finite(item, "prompt_embeds")
+                require_finite(item, "prompt_embeds")
                 known.setdefault(id(item), item.to(self.device, self.stream_dtype))
         return [known[id(item) if isinstance(item, Tensor) else item] for item in items]
 
@@ -707,70 +641,6 @@ def _cache_folder(folder: str | os.PathLike[str] | bool) -> Path:
     if not isinstance(folder, (str, os.PathLike)) or not str(folder):
         raise ValueError(f"prompt_cache must be True, False or a folder, got {folder!r}")
     return expanded(folder)
-
-
-def _check_image(image: object) -> Image.Image | Tensor | None:
-    """The image upright, if it is one that img2img takes. Raises ValueError."""
-    if image is None:
-        return None
-    if isinstance(image, Image.Image):
-        return images.upright(image)
-    if isinstance(image, Tensor) and image.dim() in (3, 4) and image.dtype.is_floating_point:
-        return image
-    what = f"{image.dtype} tensor {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-    raise ValueError(f"image must be a PIL image, or a float tensor (3, H, W) or (1, 3, H, W) in [-1, 1], got {what}")
-
-
-def _check_start(image: Image.Image | Tensor | None, latents: Tensor | None, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError unless what a run is to begin with is of this shape (3, H, W) and finite."""
-    if latents is not None:
-        _require_finite(latents, "latents")
-    if isinstance(image, Tensor):
-        if tuple(image.shape) not in (shape, (1, *shape)):
-            raise ValueError(f"image must have shape {shape} for this size, got {list(image.shape)}")
-        _require_finite(image, "image")
-
-
-def _require_finite(values: Tensor, what: str) -> None:
-    if not values.isfinite().all():
-        raise ValueError(f"{what} holds NaN or infinity")
-
-
-def _prompt_list(prompt: Prompts | None, embeds: Embeds | None) -> list[str | Tensor]:
-    """The prompts as a list of texts or feature tensors. Raises ValueError unless exactly one is given."""
-    if (prompt is None) == (embeds is None):
-        raise ValueError("give either prompt or prompt_embeds")
-    if embeds is not None:
-        items: list[str | Tensor] = [embeds] if isinstance(embeds, Tensor) else list(embeds)
-    else:
-        assert prompt is not None
-        items = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not items:
-        raise ValueError("the list of prompts is empty")
-    return _check_items(items, "prompt")
-
-
-def _check_items(items: list[str | Tensor], what: str) -> list[str | Tensor]:
-    for item in items:
-        if not isinstance(item, str | Tensor):
-            raise ValueError(f"{what} must be text, or features as a tensor, got {type(item).__name__}")
-    return items
-
-
-def _negative_list(negative: Prompts | None, embeds: Embeds | None, count: int) -> list[str | Tensor]:
-    """One negative prompt per prompt; a single one serves all."""
-    negative = "" if negative is None else negative
-    if embeds is not None:
-        if negative:
-            raise ValueError("give either negative_prompt or negative_prompt_embeds")
-        items: list[str | Tensor] = [embeds] if isinstance(embeds, Tensor) else list(embeds)
-    else:
-        items = [negative] if isinstance(negative, str) else list(negative)
-    if len(items) == 1:
-        items = items * count
-    if len(items) != count:
-        raise ValueError(f"{len(items)} negative prompts for {count} prompts; give one, or one each")
-    return _check_items(items, "negative_prompt")
 
 
 def _as_output(pixels: Tensor, output_type: str) -> Any:
