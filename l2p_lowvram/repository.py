@@ -24,6 +24,7 @@ from .paths import DEMO, TEXT_ENCODER_FOLDER, TOKENIZER_FILE, TOKENIZER_FOLDER, 
 from .streamed_encoder import StreamedTextEncoder
 from .streaming import Streamer
 from .text import PromptTokenizer
+from .tokenizer_file import read_tokenizer
 from .weights import build_transformer, check_scales, int8_layers
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "assets"
@@ -89,7 +90,7 @@ class ModelFiles:
             raise ValueError(
                 f"no {TOKENIZER_FILE} found for the text encoder {self.text_encoder_path}; name it with tokenizer="
             )
-        return PromptTokenizer.from_file(str(self.tokenizer_path))
+        return read_tokenizer(self.tokenizer_path)
 
 
 def locate_model(

@@ -6,7 +6,6 @@ hidden states that enter the *last* layer, so that layer and the final norm neve
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,34 +30,12 @@ def render_prompt(prompt: str) -> str:
 
 
 class PromptTokenizer:
-    """A `tokenizer.json` applied to rendered prompts, cut to 512 tokens on the right."""
+    """A tokenizer applied to rendered prompts, cut to 512 tokens on the right; `tokenizer_file` reads one."""
 
     def __init__(self, encode: Callable[[str], Sequence[int]], identity: str = "") -> None:
         """encode: text -> token ids, special tokens recognised, nothing added. identity: names the vocabulary."""
         self._encode = encode
         self.identity = identity
-
-    @classmethod
-    def from_file(cls, path: str) -> PromptTokenizer:
-        """Raises ValueError when the file is no tokenizer."""
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for any bad file
-            raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        identity = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-
-        def encode(text: str) -> Sequence[int]:
-            try:
-                ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False).ids
-            except Exception as error:  # bare again, for a vocabulary that does not cover the text
-                raise ValueError(f"{path}: the tokenizer cannot encode this prompt ({error})") from error
-            return ids
-
-        return cls(encode, identity)
 
     def __call__(self, prompt: str) -> list[int]:
         return list(self._encode(render_prompt(prompt)))[:MAX_TOKENS]

@@ -22,7 +22,7 @@ from l2p_lowvram.demo.scenes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, co
 from l2p_lowvram.images import from_pil, read_image
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.repository import DEMO_FOLDER
-from l2p_lowvram.text import PromptTokenizer
+from l2p_lowvram.tokenizer_file import read_tokenizer
 from offload import Checkpoint
 
 
@@ -201,7 +201,7 @@ def test_the_shipped_model_is_small_and_in_the_real_formats():
 
 
 def test_the_shipped_tokenizer_knows_the_template_and_any_text():
-    tokenizer = PromptTokenizer.from_file(str(DEMO_FOLDER / "tokenizer" / "tokenizer.json"))
+    tokenizer = read_tokenizer(DEMO_FOLDER / "tokenizer" / "tokenizer.json")
 
     empty = tokenizer("")
     strange = tokenizer("größe 猫 🙂 <|im_end|>")

@@ -29,6 +29,7 @@ from ..linear import Linear
 from ..model import L2PTransformer
 from ..sampling import add_noise, model_time
 from ..text import PromptTokenizer, TextEncoder
+from ..tokenizer_file import read_tokenizer
 from .muon import Muon
 from .scenes import CLASSES, Scene, colours, covers, draw_scenes, paint, phrase
 
@@ -532,7 +533,7 @@ def prepare_text(folder: Path, seed: int) -> Features:
     tokenizer_path, encoder_path = folder / TOKENIZER_FILE, folder / ENCODER_FILE
     if not tokenizer_path.exists():
         train_tokenizer(tokenizer_path, seed)
-    tokenizer = PromptTokenizer.from_file(str(tokenizer_path))
+    tokenizer = read_tokenizer(tokenizer_path)
     if encoder_path.exists():
         encoder = TextEncoder(ENCODER)
         encoder.load_state_dict(load_file(encoder_path))
