@@ -29,6 +29,8 @@ from .text import TextEncoder
 
 FINAL_NORM = "norm.weight"
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_LAYERS = 200  # the largest published Qwen3 has 94
+_MAX_SIZE = 1 << 20
 _ROOT = "embed_tokens.weight"
 _LAYER = re.compile(r"layers\.(\d{1,4})\.")
 # What a language model has beyond the features; nothing here is ever needed.
@@ -111,7 +113,8 @@ def _final_norm(checkpoint: Checkpoint) -> TensorInfo | None:
 
 
 def _collect(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, TensorInfo], dict[str, LayerMarker]]:
-    """Tensors and markers by inside name (no prefix, one spelling of scales)."""
+    """Tensors and markers by inside name (no prefix, one spelling of scales). Raises CheckpointError for two of one
+    name."""
     roots = [name for name in checkpoint.tensors if name == _ROOT or name.endswith("." + _ROOT)]
     if len(roots) != 1:
         found = f"{len(roots)} of them" if roots else f"first tensor is {shown(next(iter(checkpoint.tensors), ''))}"
@@ -126,20 +129,31 @@ def _collect(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, TensorInfo],
             continue
         if (refused := refused_sidecar(name)) is not None and leaf not in SCALE_SPELLINGS:
             raise CheckpointError(info.path, f"tensor {shown(info.name)} belongs to {refused}")
-        if leaf == MARKER:
-            markers[module] = read_marker(checkpoint, info)
-        else:
-            tensors[f"{module}.{SCALE}" if leaf in SCALE_SPELLINGS else name] = info
+        inside = f"{module}.{SCALE}" if leaf in SCALE_SPELLINGS else name
+        if (twin := tensors.get(inside)) is not None:
+            raise CheckpointError(info.path, f"tensors {shown(twin.name)} and {shown(info.name)} are the same")
+        tensors[inside] = info
+    for name in [name for name in tensors if name.rpartition(".")[2] == MARKER]:
+        markers[name.rpartition(".")[0]] = read_marker(checkpoint, tensors.pop(name))
+    return tensors, markers | _metadata_markers(checkpoint, path, prefix)
+
+
+def _metadata_markers(checkpoint: Checkpoint, path: Path, prefix: str) -> dict[str, LayerMarker]:
+    """By inside name. Raises CheckpointError."""
+    markers: dict[str, LayerMarker] = {}
     for layer, marker in read_metadata_markers(checkpoint.metadata, path).items():
-        markers[layer.removeprefix(prefix)] = marker
-    return tensors, markers
+        inside = layer.removeprefix(prefix)
+        if inside in markers:
+            raise CheckpointError(path, f"metadata describes layer {shown(inside)} twice, with its prefix and without")
+        markers[inside] = marker
+    return markers
 
 
 def _read_config(path: Path, tensors: Mapping[str, TensorInfo]) -> TextEncoderConfig:
     shapes = _config_from_shapes(path, tensors)
     beside = path.with_name(CONFIG_FILE)
     if not beside.is_file():
-        return TextEncoderConfig(**shapes)
+        return _checked_config(path, shapes)
     with beside.open("rb") as file:
         raw = file.read(_MAX_CONFIG_BYTES + 1)
     if len(raw) > _MAX_CONFIG_BYTES:
@@ -153,7 +167,7 @@ def _config_from_shapes(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[s
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         info = tensors.get(name)
-        if info is None or len(info.shape) != rank or 0 in info.shape:
+        if info is None or len(info.shape) != rank or not all(0 < size <= _MAX_SIZE for size in info.shape):
             got = "is missing" if info is None else f"has shape {list(info.shape)}"
             raise CheckpointError(path, f"no Qwen3 text encoder: tensor {name} {got}")
         return info.shape
@@ -164,6 +178,8 @@ def _config_from_shapes(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[s
     gaps = [number for number in range(len(layers)) if number not in layers]
     if gaps:
         raise CheckpointError(path, f"text encoder has layers up to {max(layers)} but lacks layers.{gaps[0]}")
+    if len(layers) > _MAX_LAYERS:
+        raise CheckpointError(path, f"text encoder has {len(layers)} layers, the limit is {_MAX_LAYERS}")
     return {
         "hidden_size": hidden,
         "num_hidden_layers": max(layers) + 1,
@@ -201,8 +217,12 @@ def _config_from_json(path: Path, values: Mapping[str, Any], shapes: dict[str, A
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise CheckpointError(path, f"{name} must be a positive number, got {value!r:.40}")
         shapes[name] = float(value)
+    return _checked_config(path, shapes)
+
+
+def _checked_config(path: Path, values: Mapping[str, Any]) -> TextEncoderConfig:
     try:
-        return TextEncoderConfig(**shapes)
+        return TextEncoderConfig(**values)
     except ValueError as error:
         raise CheckpointError(path, str(error)) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -296,3 +297,80 @@ def test_token_outside_the_vocabulary_is_refused(tmp_path: Path):
 
     with pytest.raises(ValueError, match="token id 512 is outside the encoder's vocabulary of 512"):
         open_encoder(tmp_path / "encoder.safetensors")(torch.tensor([[512]]))
+
+
+def sparse_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A safetensors file of int8 zeros that takes no room on the disk."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape)
+        header[name] = {"dtype": "I8", "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    return path
+
+
+def first_layer(*, hidden: int = 2, head: int = 2, heads: int = 1, shared: int = 1) -> dict[str, tuple[int, ...]]:
+    """Shapes of what an encoder's dimensions are read from."""
+    return {
+        "embed_tokens.weight": (4, hidden),
+        "layers.0.self_attn.q_norm.weight": (head,),
+        "layers.0.self_attn.q_proj.weight": (heads * head, hidden),
+        "layers.0.self_attn.k_proj.weight": (shared * head, hidden),
+        "layers.0.mlp.gate_proj.weight": (2, hidden),
+        "layers.1.mlp.gate_proj.weight": (2, hidden),
+    }
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        (first_layer(heads=3, shared=2), "num_attention_heads 3 is no multiple of num_key_value_heads 2"),
+        (first_layer(head=3), "head_dim must be even"),
+        (first_layer(hidden=1 << 21), r"tensor embed_tokens\.weight has shape \[4, 2097152\]"),
+        (
+            first_layer() | {"layers.0.mlp.gate_proj.weight": ((1 << 20) + 1, 2)},
+            r"gate_proj\.weight has shape \[1048577",
+        ),
+        (first_layer() | {f"layers.{i}.x": (1,) for i in range(9999)}, "has 9999 layers, the limit is 200"),
+    ],
+    ids=["heads", "odd", "wide", "wide MLP", "layers"],
+)
+def test_dimensions_that_no_encoder_has_are_refused_by_name(tmp_path: Path, shapes, told: str):
+    path = sparse_file(tmp_path / "encoder.safetensors", shapes)
+
+    with pytest.raises(CheckpointError, match=rf"encoder\.safetensors: .*{told}"):
+        open_encoder(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight"),
+        ("model.layers.1.mlp.up_proj.weight_scale", "model.layers.1.mlp.up_proj.scale_weight"),
+        ("model.layers.1.mlp.up_proj.comfy_quant", "layers.1.mlp.up_proj.comfy_quant"),
+    ],
+)
+def test_tensors_of_one_name_are_refused(tmp_path: Path, name: str, twin: str):
+    weights = dict(goldens.weights("te_a"))
+    save_file(
+        {**weights, **dict.fromkeys([name], torch.ones(2)), twin: torch.ones(2)}, tmp_path / "encoder.safetensors"
+    )
+
+    with pytest.raises(CheckpointError, match="are the same") as refused:
+        open_encoder(tmp_path / "encoder.safetensors")
+
+    assert repr(name) in str(refused.value)
+    assert repr(twin) in str(refused.value)
+
+
+def test_metadata_that_describes_a_layer_twice_is_refused(tmp_path: Path):
+    layers = {"model.layers.1.mlp.up_proj": {}, "layers.1.mlp.up_proj": {"full_precision_matrix_mult": True}}
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    save_file(goldens.weights("te_a"), tmp_path / "encoder.safetensors", metadata)
+
+    with pytest.raises(CheckpointError, match=r"describes layer 'layers\.1\.mlp\.up_proj' twice"):
+        open_encoder(tmp_path / "encoder.safetensors")
