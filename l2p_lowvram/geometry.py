@@ -16,7 +16,8 @@ from .families import LEVEL_NAMES, with_family_defaults
 from .paths import SETTINGS_FILE
 from .settings import METADATA_ENTRY, ModelSettings
 
-_MAX_BLOCKS = 1000  # of one stack; the published models have 30
+_MAX_BLOCKS = 400  # of all stacks; the published models have 34
+_STACKS = ("noise_refiner", "context_refiner", "layers")
 _MAX_WIDTH = 1 << 20
 
 _Shapes = Mapping[str, tuple[int, ...]]
@@ -32,14 +33,15 @@ def read_config(shapes: _Shapes, path: Path, settings: ModelSettings, patch_size
     head_dim = dims.read("layers.0.attention.q_norm.weight", 0, rank=1)
     if head_dim > dim or dim % head_dim:
         raise CheckpointError(path, f"token width {dim} is no multiple of the head width {head_dim} (q_norm)")
+    noise, context, layers = dims.counts()
     try:
         config = ModelConfig(
             patch_size=_patch_size(dims, patch_size),
             dim=dim,
             n_heads=dim // head_dim,
-            n_layers=dims.count("layers"),
-            n_noise_refiner=dims.count("noise_refiner"),
-            n_context_refiner=dims.count("context_refiner"),
+            n_layers=layers,
+            n_noise_refiner=noise,
+            n_context_refiner=context,
             ffn_dim=dims.read("layers.0.feed_forward.w1.weight", 0, rank=2),
             caption_dim=dims.read("cap_embedder.0.weight", 0, rank=1),
             timestep_hidden=dims.read("t_embedder.mlp.0.weight", 0, rank=2),
@@ -87,9 +89,16 @@ class _Dimensions:
         if gap < len(numbers):
             reason = f"lacks block {stack}.{gap}, though it has blocks up to {stack}.{max(numbers)}"
             raise CheckpointError(self.path, reason)
-        if len(numbers) > _MAX_BLOCKS:
-            raise CheckpointError(self.path, f"has {len(numbers)} blocks of {stack}, the limit is {_MAX_BLOCKS}")
         return len(numbers)
+
+    def counts(self) -> tuple[int, ...]:
+        """Blocks of each of _STACKS; raises CheckpointError."""
+        counts = tuple(self.count(stack) for stack in _STACKS)
+        if sum(counts) > _MAX_BLOCKS:
+            spelled = " + ".join(f"{count} {stack}" for stack, count in zip(_STACKS, counts, strict=True))
+            reason = f"has {sum(counts)} blocks ({spelled}), the limit is {_MAX_BLOCKS}"
+            raise CheckpointError(self.path, reason)
+        return counts
 
 
 def _patch_size(dims: _Dimensions, spelled: int | None) -> int:

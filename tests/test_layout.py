@@ -676,7 +676,7 @@ def test_hostile_names_and_counts_cost_little_time(tmp_path: Path) -> None:
     layer: dict[str, object] = {"format": "int8_tensorwise"}
     path = write(tmp_path, tensors, layers={f"{PREFIX}layers.{i}.y": layer for i in range(20_000)})
 
-    with pytest.raises(CheckpointError, match=r"5000 blocks of layers, the limit is 1000"):
+    with pytest.raises(CheckpointError, match=r"\+ 5000 layers\), the limit is 400"):
         load(path)
 
 
@@ -700,3 +700,14 @@ def test_a_rotated_weight_cannot_be_written_without_a_marker(tmp_path: Path) -> 
             CONFIG,
             style=LayoutStyle(marker="none"),
         )
+
+
+def test_the_blocks_of_all_stacks_together_have_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    many = {f"{stack}.{i}.x": torch.ones(1) for stack in ("noise_refiner", "context_refiner") for i in range(200)}
+    save_file({**STATE, **many}, path)
+
+    spelled = rf"\(200 noise_refiner \+ 200 context_refiner \+ {CONFIG.n_layers} layers\)"
+    told = rf"has {400 + CONFIG.n_layers} blocks {spelled}, the limit is 400"
+    with Checkpoint.open(path) as checkpoint, pytest.raises(CheckpointError, match=told):
+        read_layout(checkpoint)
