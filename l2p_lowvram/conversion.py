@@ -14,7 +14,8 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -450,17 +451,27 @@ class Rewriting:
         return [told] if plain else []
 
     def check_config(self, path: Path, *, overwrite: bool) -> None:
-        """Raise ValueError where `config.json` beside a text encoder at `path` is there and says otherwise."""
+        """Raise ValueError or an OSError where `config.json` beside a text encoder at `path` cannot be written, or is
+        there and says otherwise."""
         beside = path.with_name(CONFIG_FILE)
+        if beside.exists() and not beside.is_file():
+            raise ValueError(f"{beside}: is no file, so the configuration cannot go there; name another folder")
+        require_replaceable(beside)
         if not overwrite and beside.exists() and beside.read_bytes() != self._config:
             raise ValueError(f"{beside}: already exists and differs; name another folder or give --overwrite")
 
-    def write_config(self, path: Path) -> None:
-        """The source's `config.json` beside a text encoder at `path`; made where it had none."""
+    @contextmanager
+    def config_beside(self, path: Path) -> Iterator[None]:
+        """Around the writing of a text encoder at `path`: afterwards the source's `config.json` lies beside it, made
+        where it had none. All that can fail does so before the block, which replaces the former encoder."""
         beside = path.with_name(CONFIG_FILE)
-        if not (beside.exists() and beside.read_bytes() == self._config):
-            with whole_file(beside, overwrite=True) as file:
-                file.write(self._config)
+        if beside.is_file() and beside.read_bytes() == self._config:
+            yield
+            return
+        with whole_file(beside, overwrite=True) as file:
+            file.write(self._config)
+            file.flush()
+            yield
 
     @cached_property
     def _config(self) -> bytes:

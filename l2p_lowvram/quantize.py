@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,11 +171,10 @@ def _written(arguments: argparse.Namespace, rewriting: Rewriting, target: Path) 
         if arguments.verify:
             errors = _verified(rewriting, written, target, quiet=arguments.quiet)
 
-    with _one_thread(), ExitStack() as bars:
+    configuration = rewriting.config_beside(target) if arguments.text_encoder else nullcontext()
+    with _one_thread(), configuration, ExitStack() as bars:
         told = bars.enter_context(byte_bar(target.name, rewriting.source_bytes, quiet=arguments.quiet))
         nbytes = rewriting.write(target, overwrite=arguments.overwrite, progress=told, check=check)
-        if arguments.text_encoder:
-            rewriting.write_config(target)
     return _Written(target, nbytes, seconds, errors)
 
 

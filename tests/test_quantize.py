@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +43,7 @@ from l2p_lowvram.repository import DEMO_FOLDER
 from l2p_lowvram.safetensors_writer import TensorEntry, encode_header, write_safetensors
 from l2p_lowvram.synthetic import mini_config, parameter_shapes, random_state_dict, synthetic_state
 from l2p_lowvram.weights import load_transformer
+from l2p_lowvram.whole_file import whole_file
 from offload import Checkpoint, CheckpointError, Reader
 
 CONFIG = mini_config(ffn_dim=192)
@@ -324,6 +329,49 @@ def test_verify_of_a_text_encoder_asks_no_other_files_configuration(tmp_path: Pa
 
     assert run("quantize", source, tmp_path / "te", "--text-encoder", "--verify", "--overwrite", "-q") == 0
     assert (tmp_path / "te" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("scheme", ["row", "tensor"])
+def test_an_encoder_is_replaced_only_where_its_configuration_can_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str
+) -> None:
+    (tmp_path / "config.json").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"the former model")
+    source = DEMO_FOLDER / "text_encoder"
+
+    code = run("quantize", source, tmp_path, "--text-encoder", "--scheme", scheme, "--overwrite", "-q")
+
+    assert code == 2
+    assert "config.json: is no file, so the configuration cannot go there; name another" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_bytes() == b"the former model"
+
+
+@pytest.mark.parametrize("stage", ["configuration", "model"])
+def test_a_failure_leaves_the_former_encoder_and_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Found out only while writing, as a full disk is."""
+    before = {"config.json": b"{}", "model.safetensors": b"the former model"}
+    for name, raw in before.items():
+        (tmp_path / name).write_bytes(raw)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    @contextmanager
+    def full_disk(path: Path, *, overwrite: bool) -> Iterator[object]:
+        with whole_file(path, overwrite=overwrite):
+            yield SimpleNamespace(write=refuse)
+
+    if stage == "model":
+        monkeypatch.setattr(conversion._Quantizer, "rows", refuse)
+    else:
+        monkeypatch.setattr(conversion, "whole_file", full_disk)
+
+    code = run("quantize", DEMO_FOLDER / "text_encoder", tmp_path, "--text-encoder", "--overwrite", "-q")
+
+    assert code == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # -- verify
