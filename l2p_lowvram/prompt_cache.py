@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 import tempfile
 import time
@@ -75,7 +76,7 @@ class PromptCache:
         """The features (tokens, width) on the CPU, or None. Marks them as used."""
         path = self._path(key)
         try:
-            if not path.is_file():
+            if path.is_symlink() or not path.is_file():
                 return None
             with path.open("rb") as file:
                 raw = file.read(MAX_ENTRY_BYTES + 1)
@@ -96,7 +97,10 @@ class PromptCache:
             return
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with whole_file(self._path(key), overwrite=True) as file:
+            path = self._path(key)
+            if path.is_symlink():  # none of ours; writing would follow it, and replace what it leads to
+                path.unlink()
+            with whole_file(path, overwrite=True) as file:
                 file.write(raw)
             self._remove_oldest()
         except OSError as error:
@@ -110,9 +114,9 @@ class PromptCache:
         """Keep to max_bytes, and clear what a killed process left half-written. Only files of ours."""
         entries: list[tuple[int, int, Path]] = []  # (time of last use, bytes, path)
         for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # another process may be tidying up too
-                status = path.stat()
-                if _ENTRY.fullmatch(path.name):
+            with suppress(OSError):  # another process may be tidying up too
+                status = path.lstat()
+                if _ENTRY.fullmatch(path.name) and not stat.S_ISDIR(status.st_mode):
                     entries.append((status.st_mtime_ns, status.st_size, path))
                 elif _LEFTOVER.fullmatch(path.name) and time.time() - status.st_mtime > _LEFTOVER_AGE_SECONDS:
                     path.unlink()
@@ -120,8 +124,9 @@ class PromptCache:
         for _, nbytes, path in sorted(entries):
             if excess <= 0:
                 return
-            path.unlink(missing_ok=True)
-            excess -= nbytes
+            with suppress(OSError):  # the next one will do
+                path.unlink(missing_ok=True)
+                excess -= nbytes
 
 
 def _parse(raw: bytes, key: str) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .devices import device_name
 from .prompt_cache import PromptCache
 from .streamed_encoder import StreamedTextEncoder
-from .text import PromptTokenizer, render_prompt
+from .text import MAX_TOKENS, PromptTokenizer, render_prompt
 
 
 class PromptEncoder:
@@ -60,6 +60,6 @@ class PromptEncoder:
 
     def _cached(self, key: str | None) -> Tensor | None:
         features = None if self.cache is None or key is None else self.cache.get(key)
-        if features is None or features.dim() != 2 or features.shape[1] != self.encoder.config.hidden_size:
+        if features is None or features.dim() != 2 or not 0 < features.shape[0] <= MAX_TOKENS:
             return None
-        return features
+        return features if features.shape[1] == self.encoder.config.hidden_size else None

@@ -244,3 +244,37 @@ def test_without_a_home_folder_there_is_still_a_place(monkeypatch: pytest.Monkey
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
 
     assert default_folder().is_absolute()
+
+
+def test_a_link_under_an_entry_name_is_replaced_not_followed(cache: PromptCache, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"somebody's file")
+    cache.folder.mkdir()
+    path = cache.folder / f"{KEY}.safetensors"
+    path.symlink_to(other)
+
+    cache.put(KEY, FEATURES)
+
+    assert other.read_bytes() == b"somebody's file"
+    assert not path.is_symlink()
+    assert cache.get(KEY) is not None
+
+
+def test_tidying_survives_what_is_no_file_under_an_entry_name(cache: PromptCache) -> None:
+    """The oldest of all, so that they are met before the entries that have to go."""
+    cache.folder.mkdir()
+    loop, folder = (cache.folder / f"{other_key(index)}.safetensors" for index in (1, 2))
+    loop.symlink_to(loop)
+    folder.mkdir()
+    (cache.folder / ".0123456789abcdef.tmp").mkdir()
+    for path in cache.folder.iterdir():
+        os.utime(path, ns=(1, 1), follow_symlinks=False)
+    cache.max_bytes = ENTRY_BYTES
+
+    cache.put(other_key(3), FEATURES)
+    cache.put(KEY, FEATURES)
+
+    assert cache.warning is None
+    assert cache.get(KEY) is not None
+    assert cache.get(other_key(3)) is None
+    assert folder.is_dir()
