@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +26,8 @@ DEFAULT_QUALITY = 95
 MAX_PIXELS = 1 << 27
 # The formats Pillow reads without an external program; the rest (EPS, for one) are not asked for.
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# As many are converted at a time as take a few MiB in float64.
+_STRIP_PIXELS = 1 << 18
 _USER_COMMENT = 0x9286
 # One JPEG segment holds 65,533 bytes, and the EXIF structure takes a few.
 _MAX_COMMENT_BYTES = 65_000
@@ -96,12 +100,9 @@ def read_image(path: Path) -> Image.Image:
     Raises OSError when the file cannot be opened, ValueError when it is no picture, is damaged, or
     claims more than MAX_PIXELS (found out before any pixel is decoded).
     """
-    with path.open("rb") as file:
+    with path.open("rb") as file, _quiet_pillow():
         try:
-            with warnings.catch_warnings():
-                # Pillow warns from 89 megapixels on, which is less than a 10K picture.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=_READ_FORMATS)
+            image = Image.open(file, formats=_READ_FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             picture = _upright_rgb(image)
@@ -114,6 +115,21 @@ def read_image(path: Path) -> Image.Image:
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
             # What Pillow's readers raise on damaged files. It repeats no path, and can span lines.
             raise ValueError(f"{path}: damaged picture ({' '.join(str(error).split())})") from error
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow warns of odd files and logs about them, at times a line per tag, and of sizes from 89 megapixels on, which
+    is less than a 10K picture. What matters of it is an error."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def image_format(path: Path) -> ImageFormat:
@@ -165,6 +181,7 @@ def save_image(
 
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says, if that can be read, and without it."""
+    image.load()  # first: Pillow turns a TIFF itself as it is loaded, and then takes the note away
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever Pillow's reader thinks of damaged EXIF; the picture itself is not damaged
@@ -182,12 +199,21 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 bits a channel")
     if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips at 255, which leaves a white picture.
-        grey = np.rint(np.asarray(image, dtype=np.float64).clip(0, 65_535) / 257)
-        image = Image.fromarray(grey.astype(np.uint8))
-    if "transparency" in image.info:
+        image = _grey(image)
+    if "transparency" in image.info and image.mode != "RGB":
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """16-bit grey in 8 bits: Pillow's own conversion clips at 255, which leaves a white picture."""
+    levels = np.empty((image.height, image.width), np.uint8)
+    rows = max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = np.asarray(image.crop((0, top, image.width, bottom)), dtype=np.float64)
+        levels[top:bottom] = np.rint(strip.clip(0, 65_535) / 257)
+    return Image.fromarray(levels)
 
 
 def _png_options(text: Mapping[str, str]) -> dict[str, Any]:

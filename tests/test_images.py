@@ -1,8 +1,10 @@
 """Pixels to pictures and back, and files that appear complete or not at all."""
 
 import io
+import logging
 import os
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -93,6 +95,84 @@ def test_a_16_bit_grey_picture_keeps_its_shades(tmp_path: Path) -> None:
     shades = np.asarray(images.read_image(tmp_path / "grey.png"))[0, :, 0]
 
     assert shades.tolist() == [0, 100, 255]
+
+
+def test_16_bit_grey_in_strips_is_16_bit_grey_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = np.random.default_rng(0).integers(0, 65_536, (31, 17), dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 4 * 17 + 3)
+
+    shades = np.asarray(images.read_image(tmp_path / "grey.png"))[..., 0]
+
+    assert np.array_equal(shades, np.rint(levels / 257))
+
+
+def test_a_large_16_bit_grey_picture_takes_few_bytes_a_pixel_beside_pillows(tmp_path: Path) -> None:
+    side = 3000
+    Image.fromarray(np.full((side, side), 257 * 100, np.uint16)).save(tmp_path / "grey.png", compress_level=1)
+
+    tracemalloc.start()
+    try:
+        images.read_image(tmp_path / "grey.png")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 4 * side**2
+
+
+@pytest.mark.parametrize("key", [(1, 2, 3), 7], ids=["RGB", "L"])
+def test_a_colour_that_is_transparent_stays_that_colour(tmp_path: Path, key: object) -> None:
+    picture = gradient() if key != 7 else gradient().convert("L")
+    picture.save(tmp_path / "x.png", transparency=key)
+
+    assert np.array_equal(np.asarray(images.read_image(tmp_path / "x.png")), np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "jpg", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_of_every_format_are_turned_once(tmp_path: Path, orientation: int, suffix: str) -> None:
+    path = tmp_path / f"x.{suffix}"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)).save(path, exif=exif)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+    read = images.read_image(path)
+    with Image.open(path) as image:
+        given = images.upright(image)
+        again = images.upright(given)
+
+    assert expected.shape == ((16, 32, 3) if orientation < 5 else (32, 16, 3))
+    assert np.array_equal(np.asarray(read), expected)
+    assert np.array_equal(np.asarray(given), expected)
+    assert np.array_equal(np.asarray(again), expected)
+
+
+def test_what_pillow_thinks_of_a_file_is_neither_printed_nor_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Warnings are errors in these tests."""
+    stream = io.BytesIO()
+    gradient().save(stream, "TIFF", dpi=(72, 72))
+    one, two = (struct.pack("<HHI", 296, 3, count) for count in (1, 2))  # the unit: one value, or two
+    assert one in stream.getvalue()
+    (tmp_path / "x.tif").write_bytes(stream.getvalue().replace(one, two))
+    transpose = images._upright_rgb
+
+    def noted(image: Image.Image) -> Image.Image:
+        logging.getLogger("PIL.TiffImagePlugin").error("a line per tag")
+        return transpose(image)
+
+    monkeypatch.setattr(images, "_upright_rgb", noted)
+
+    assert images.read_image(tmp_path / "x.tif").size == (7, 5)
+    assert caplog.text == ""
+    with pytest.warns(UserWarning, match="too many entries"), Image.open(tmp_path / "x.tif") as image:
+        image.load()
+    logging.getLogger("PIL.TiffImagePlugin").error("heard again")
+    assert "heard again" in caplog.text
 
 
 def test_a_picture_is_turned_as_its_exif_says_once(tmp_path: Path) -> None:
