@@ -36,6 +36,9 @@ from offload.sizes import format_bytes
 
 # Far more than any model has.
 MAX_SHARDS = 1024
+# Of all shards: what the largest index can list, with room. The tensors of a set are bounded by its index, but not
+# the metadata of its shards.
+MAX_SET_HEADER_BYTES = 2 * MAX_HEADER_BYTES
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _Bytes = npt.NDArray[np.uint8]
@@ -190,11 +193,11 @@ def _find_in_folder(folder: Path) -> Path:
     if len(found) == 1:
         return folder / found[0]
     if found:
-        some = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+        some = ", ".join(map(shown, found[:4])) + (", ..." if len(found) > 4 else "")
         raise CheckpointError(folder, f"holds {len(found)} candidates ({some}); name one of them")
     pickles = [name for name in names if Path(name).suffix.lower() in PICKLE_SUFFIXES]
     if pickles:
-        raise CheckpointError(folder, f"holds only pickles ({pickles[0]}), {PICKLE_REFUSED}")
+        raise CheckpointError(folder, f"holds only pickles ({shown(pickles[0])}), {PICKLE_REFUSED}")
     raise CheckpointError(folder, "holds neither a .safetensors file nor an index of them")
 
 
@@ -215,8 +218,13 @@ def _open_set(index: Path) -> list[_Part]:
         listed[shard].append(tensor)
     parts: list[_Part] = []
     homes: dict[str, str] = {}
+    header_bytes = 0
     for path in shards.values():
         parts.append(_open_file(path))
+        header_bytes += parts[-1].header.nbytes
+        if header_bytes > MAX_SET_HEADER_BYTES:
+            reason = f"headers of {len(parts)} of {len(shards)} shards take {format_bytes(header_bytes)}"
+            raise CheckpointError(index, f"{reason}, the limit is {format_bytes(MAX_SET_HEADER_BYTES)}")
         # At once: what a set may list in all is bounded by the index, however many shards it names.
         _check_part(index, weight_map, parts[-1], homes, listed[path.name])
     return parts

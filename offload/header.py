@@ -79,11 +79,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header; `tensors` in file order."""
+    """A checked header; `tensors` in file order. nbytes: of its JSON."""
 
     metadata: dict[str, str]
     tensors: tuple[TensorInfo, ...]
     file_bytes: int
+    nbytes: int
 
 
 def shown(name: str) -> str:
@@ -117,7 +118,7 @@ def read_header(file: BinaryIO, path: Path) -> Header:
     infos = [_tensor(name, entry, path, data_start, data_bytes) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     _check_tiling(infos, path, data_start, file_bytes)
-    return Header(metadata, tuple(infos), file_bytes)
+    return Header(metadata, tuple(infos), file_bytes, header_bytes)
 
 
 def _refuse_length(path: Path, prefix: bytes, file_bytes: int) -> NoReturn:

@@ -581,6 +581,19 @@ def test_an_index_of_more_shards_than_any_model_has_is_refused(tmp_path: Path, m
         Checkpoint.open(write_shards(tmp_path))
 
 
+def test_headers_of_a_set_have_a_limit_together(tmp_path: Path) -> None:
+    """What they list is in the index, which has one; their metadata is not."""
+    shards = {f"t{number}": f"{number}.safetensors" for number in range(9)}
+    for tensor, shard in shards.items():
+        header = {"__metadata__": {tensor: "x" * (5 << 20)}, tensor: entry(0, 4)}
+        write(tmp_path, shard, file_bytes(header, b"abcd"))
+
+    with pytest.raises(CheckpointError, match=r"headers of 7 of 9 shards take 35.00 MiB, the limit is 32.00 MiB"):
+        Checkpoint.open(write_index(tmp_path, shards))
+    with Checkpoint.open(write_index(tmp_path, dict(list(shards.items())[:6]))) as checkpoint:
+        assert len(checkpoint.metadata) == 6
+
+
 def test_shards_may_be_links_as_in_the_hugging_face_cache(tmp_path: Path) -> None:
     folder = tmp_path / "snapshot"
     folder.mkdir()
@@ -707,16 +720,18 @@ def test_a_folder_stands_for_its_model_file_among_others(tmp_path: Path) -> None
     ("names", "message"),
     [
         ([], "holds neither a .safetensors file nor an index of them"),
-        (["pytorch_model.bin"], "holds only pickles (pytorch_model.bin), refused: a pickle can run code"),
+        (["pytorch_model.bin"], "holds only pickles ('pytorch_model.bin'), refused: a pickle can run code"),
         (
             ["b.safetensors", "a.safetensors"],
-            "holds 2 candidates (a.safetensors, b.safetensors); name one of them",
+            "holds 2 candidates ('a.safetensors', 'b.safetensors'); name one of them",
         ),
         (
             ["model.safetensors", "model.safetensors.index.json"],
-            "holds 2 candidates (model.safetensors, model.s",
+            "holds 2 candidates ('model.safetensors', 'model.s",
         ),
-        ([f"{i}.safetensors" for i in range(9)], "holds 9 candidates (0.safetensors, 1.safetensors, "),
+        ([f"{i}.safetensors" for i in range(9)], "holds 9 candidates ('0.safetensors', '1.safetensors', "),
+        (["a\x1b[31m.safetensors", "b.safetensors"], r"holds 2 candidates ('a\x1b[31m.safetensors', 'b"),
+        (["a\x1b[31m.pt"], r"holds only pickles ('a\x1b[31m.pt'), refused"),
     ],
 )
 def test_a_folder_that_leaves_a_choice_is_refused(names: list[str], message: str, tmp_path: Path) -> None:
