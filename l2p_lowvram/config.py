@@ -81,12 +81,12 @@ class SamplingDefaults:
         known = {"width": int, "height": int, "steps": int, "cfg_scale": float, "shift": float}
         for name, value in values.items():
             if name not in known:
-                raise ValueError(f"unknown default {name!r}; known are {', '.join(known)}")
+                raise ValueError(f"unknown default {name!r:.80}; known are {', '.join(known)}")
             whole = known[name] is int
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise ValueError(f"default {name} must be a {'whole ' if whole else ''}number, got {value!r}")
+                raise ValueError(f"default {name} must be a {'whole ' if whole else ''}number, got {value!r:.80}")
             if not 0 < value <= _LARGEST_DEFAULT:
-                raise ValueError(f"default {name} must lie in 0 to {_LARGEST_DEFAULT}, got {value!r}")
+                raise ValueError(f"default {name} must lie in 0 to {_LARGEST_DEFAULT}, got {value!r:.80}")
         return replace(self, **{name: known[name](value) for name, value in values.items()})
 
 

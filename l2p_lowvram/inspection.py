@@ -18,6 +18,7 @@ from .layout import ModelLayout, block_of, read_layout
 from .linear import REGULAR
 from .paths import expanded
 from .sources import LinearQuantization
+from .user_input import printable
 
 MODEL, TEXT_ENCODER = "L2P model", "text encoder"
 _OUTSIDE_BLOCKS = "outside the blocks"
@@ -91,7 +92,7 @@ class Report:
             lines += _model_lines(self.model)
         if self.text_encoder is not None:
             lines += _labelled("sizes", [f"{name} {value:g}" for name, value in self.text_encoder.items()])
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def inspect_model(path: str | os.PathLike[str]) -> Report:

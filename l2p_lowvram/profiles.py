@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from offload import Checkpoint, available_device_bytes, format_bytes, probe_io
+from offload import Checkpoint, CheckpointError, available_device_bytes, format_bytes, probe_io
+from offload.header import parse_json_object, shown
 
 from .choices import DTYPE_CHOICES
 from .devices import DTYPES, choose_device, choose_dtype
@@ -27,6 +28,7 @@ _GIB = 1 << 30
 _PCIE3_X16, _PCIE4_X8, _PCIE4_X16 = 12e9, 12e9, 25e9
 _NVME = 3e9
 _MAX_JSON_BYTES = 1 << 16
+_MAX_NAME = 120
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class DeviceProfile:
     source: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isprintable() or len(self.name) > _MAX_NAME:
+            raise ValueError(f"name of a device profile must be one line of text, got {self.name!r:.40}")
+        if not isinstance(self.source, str):
+            raise ValueError(f"source of a device profile must be text, got {self.source!r:.40}")
         for what in ("memory", "flops", "link", "disk"):
             value = getattr(self, what)
             if what == "link" and value is None:
@@ -127,10 +133,22 @@ def find_profile(name: str) -> DeviceProfile:
     with path.open("rb") as file:
         raw = file.read(_MAX_JSON_BYTES + 1)
     try:
-        values = json.loads(raw[:_MAX_JSON_BYTES])
-        return DeviceProfile(**values)
-    except (ValueError, TypeError, RecursionError) as error:
+        return _from_json(raw, path)
+    except CheckpointError as error:
+        raise ValueError(f"{path}: is no device profile ({error.reason})") from None
+    except ValueError as error:
         raise ValueError(f"{path}: is no device profile ({error})") from None
+
+
+def _from_json(raw: bytes, path: Path) -> DeviceProfile:
+    """Raises ValueError."""
+    if len(raw) > _MAX_JSON_BYTES:
+        raise ValueError(f"it is larger than the {_MAX_JSON_BYTES} bytes that none needs")
+    values = parse_json_object(raw, path, "it", floats=True)
+    names = {field.name for field in fields(DeviceProfile)}
+    for name in sorted(values.keys() ^ names):
+        raise ValueError(f"it lacks {name}" if name in names else f"it has the unknown entry {shown(name)}")
+    return DeviceProfile(**values)
 
 
 def as_json(profile: DeviceProfile) -> str:

@@ -52,11 +52,16 @@ def describe_os_error(error: OSError) -> str:
     """`x.png: permission denied`; an error of our own without a number speaks for itself."""
     if error.filename is None or error.strerror is None:
         return one_line(error)
-    return f"{error.filename}: {error.strerror.lower()}"
+    return printable(f"{error.filename}: {error.strerror.lower()}")
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """With what could steer a terminal spelled out, "\\x1b": names of files and of what is in them may hold that."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _is_own_type(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,14 @@ def test_names_from_the_file_cannot_steer_the_terminal(tmp_path: Path) -> None:
     text = inspect_model(path).as_text()
 
     assert "\x1b" not in text
+
+
+def test_the_text_for_people_steers_no_terminal(tmp_path: Path) -> None:
+    report = inspect_model(tmp_path / "\x1b[31mred\r\n.safetensors")
+
+    told = report.as_text()
+
+    assert all(line.isprintable() for line in told.split("\n"))
+    assert len(told.split("\n")) == 2
+    assert r"\x1b[31mred\r\n" in told
+    assert replace(report, reason="\x9b2J").as_text().endswith(r"reason        \x9b2J")

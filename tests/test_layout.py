@@ -367,6 +367,8 @@ def test_unknown_rope_axes_are_asked_for(tmp_path: Path) -> None:
         ('{"rope_axes": [8, 12, 10]}', "add up to the head width 32"),
         ('{"defaults": [1]}', "defaults must be an object"),
         ('{"defaults": {"stepz": 1}}', "unknown default 'stepz'"),
+        (json.dumps({"defaults": {"x" * 900_000: 1}}), "unknown default 'x{79}; known are"),
+        (json.dumps({"defaults": {"steps": "x" * 900_000}}), "must be a whole number, got 'x{79}$"),
         ('{"defaults": {"steps": 2.5}}', "steps must be a whole number"),
         ('{"defaults": {"width": 1000}}', "width must be a multiple of 16"),
         ("[]", "must be a JSON object"),

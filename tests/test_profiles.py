@@ -36,7 +36,13 @@ def test_the_machine_at_hand_is_measured_and_read_back(
     [
         ("{", "is no device profile"),
         ("[]", "is no device profile"),
-        ('{"name": "x"}', "is no device profile"),
+        ('{"name": "x"}', r"is no device profile \(it lacks disk\)"),
+        ("[" * 60_000, r"is no device profile \(it is nested too deeply\)"),
+        (" " * 70_000, "it is larger than the 65536 bytes that none needs"),
+        (as_json(PROFILES["rtx4090"]).replace('"link"', r'"\u001b[31m"'), r"unknown entry '\\x1b\[31m'"),
+        (as_json(PROFILES["rtx4090"]).replace('"rtx4090"', r'"\u001b[31m"'), r"one line of text, got '\\x1b\[31m'"),
+        (as_json(PROFILES["rtx4090"]).replace('"rtx4090"', "7"), "one line of text, got 7"),
+        (as_json(PROFILES["rtx4090"]).replace('"source": "', '"source": 3, "x": "'), "has the unknown entry 'x'"),
         (as_json(PROFILES["rtx4090"]).replace('"bf16"', '"int4"'), "dtype of a device profile must be bf16"),
         (
             as_json(PROFILES["rtx4090"]).replace('"memory": ', '"memory": -'),
@@ -47,8 +53,10 @@ def test_the_machine_at_hand_is_measured_and_read_back(
 def test_a_file_that_is_no_profile_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "p.json").write_text(text)
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         find_profile(str(tmp_path / "p.json"))
+
+    assert str(refused.value).isprintable()
 
 
 def test_an_unknown_profile_names_the_known_ones() -> None:
