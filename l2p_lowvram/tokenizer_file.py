@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from offload import CheckpointError, format_bytes
-from offload.header import parse_json_object
+from offload.header import parse_json_object, shown
 
 from .text import PromptTokenizer
 
 # Qwen3's has 11 MB. Parsed JSON takes up to some 25 times its text.
 _MAX_FILE_BYTES = 32 << 20
 # Qwen3 has 151,643 tokens, 151,387 merges and 26 tokens added to them, none longer than 128 characters.
-_MAX_ENTRIES = 1 << 20
+_MAX_ENTRIES = _MAX_IDS = 1 << 20
 _MAX_ADDED_TOKENS = 1024
 _MAX_ADDED_CHARACTERS = 256
 _NORMALIZERS = frozenset({"NFC", "NFKC", "NFD", "NFKD"})
@@ -48,14 +48,13 @@ def read_tokenizer(path: Path) -> PromptTokenizer:
     checked = json.dumps(_checked(_parsed(path), path))
     with _native(f"{path}: not a readable tokenizer.json"):
         tokenizer = Tokenizer.from_str(checked)
-        identity = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
     def encode(text: str) -> Sequence[int]:
         with _native(f"{path}: the tokenizer cannot encode this prompt"):
             ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    return PromptTokenizer(encode, identity)
+    return PromptTokenizer(encode, hashlib.sha256(checked.encode()).hexdigest())
 
 
 @contextmanager
@@ -126,6 +125,9 @@ def _model(value: object, path: Path) -> dict[str, Any]:
             _refuse(path, f"model.{name}", value.get(name))
         _require_few(value[name], f"model.{name}", _MAX_ENTRIES, path)
         known[name] = value[name]
+    for token, number in known["vocab"].items():
+        if not _is_id(number):
+            _refuse(path, f"the id of token {shown(token)}", number)
     unknown = value.get("unk_token")
     if not (unknown is None or isinstance(unknown, str)):
         _refuse(path, "model.unk_token", unknown)
@@ -152,7 +154,7 @@ def _added_tokens(value: object, path: Path) -> list[dict[str, Any]]:
 def _added_token(entry: object, path: Path) -> dict[str, Any]:
     content, number = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
     fits = isinstance(content, str) and 0 < len(content) <= _MAX_ADDED_CHARACTERS
-    if not isinstance(entry, dict) or not fits or isinstance(number, bool) or not isinstance(number, int):
+    if not isinstance(entry, dict) or not fits or not _is_id(number):
         _refuse(path, "an entry of added_tokens", entry)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     return {
@@ -160,6 +162,11 @@ def _added_token(entry: object, path: Path) -> dict[str, Any]:
         "content": content,
         **{name: _flag(entry, name, f"{name} of an added token", path) for name in flags},
     }
+
+
+def _is_id(value: object) -> bool:
+    """Within what a vocabulary has: parts of the library count up to the largest."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_IDS
 
 
 def _normalizer(value: object, path: Path) -> dict[str, str] | None:
