@@ -256,7 +256,7 @@ def _is_plain_name(name: str) -> bool:
 
     A link of that name may: the Hugging Face cache consists of such links, made by its owner.
     """
-    return name.isprintable() and name not in {"", ".", ".."} and not any(char in name for char in "/\\:")
+    return name.isprintable() and len(name) <= 255 and name not in {"", ".", ".."} and not set(name) & set("/\\:")
 
 
 def _check_part(
