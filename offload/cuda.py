@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,7 @@ from offload.devices import (
     Wait,
     Worker,
 )
+from offload.owner import Owner
 from offload.pinned import PinnedArena, cuda_registration, system_pin_limit
 from offload.sizes import format_bytes
 from offload.timeline import Timeline
@@ -87,10 +88,13 @@ class CudaDevice:
         self._arena = arena or PinnedArena(
             cuda_registration(self.device), limit=system_pin_limit() if pin_limit is None else pin_limit
         )
-        self._limit: _AllocatorLimit | None = None
+        self._owner = Owner()
+        self._lift_limit: Callable[[], object] = lambda: None
         if memory_limit is not None:
-            self._limit = _AllocatorLimit.of(runtime, self.device)
-            self._limit.add(self, memory_limit)
+            limit = _AllocatorLimit.of(runtime, self.device)
+            # A device that nobody closes takes its limit along; a process that ends has no use for it.
+            self._lift_limit = finalize = weakref.finalize(self, limit.remove, limit.add(memory_limit))
+            finalize.atexit = False
         self._copy_streams: weakref.WeakSet[_CudaStream] = weakref.WeakSet()
 
     @property
@@ -162,10 +166,10 @@ class CudaDevice:
     def close(self) -> None:
         """Give the pinned memory back, and lift the memory limit. Every ring on this device must be closed before.
         May be called twice."""
+        if self._owner.is_another:
+            return
         self._arena.close()
-        limit, self._limit = self._limit, None
-        if limit is not None:
-            limit.remove(self)
+        self._lift_limit()
 
     def transfers(self, target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(target, source) pairs that make up one copy, cut where pinned memory ends; counts pageable ones."""
@@ -214,12 +218,13 @@ class _AllocatorLimit:
     """What torch's allocator may reserve on one card: one number, whatever number of devices asked for limits."""
 
     _known: ClassVar[dict[tuple[int, int], _AllocatorLimit]] = {}
-    _lock = threading.Lock()
+    # One thread may come again: garbage is collected wherever memory is taken, and a device among it lifts its limit.
+    _lock = threading.RLock()
 
     def __init__(self, runtime: Any, device: torch.device) -> None:
         self._runtime = runtime
         self._device = device
-        self._parts: dict[int, int] = {}
+        self._parts: dict[object, int] = {}
         self._former = 1.0
         self._others = 0
 
@@ -228,16 +233,19 @@ class _AllocatorLimit:
         with cls._lock:
             return cls._known.setdefault((id(runtime), device.index), cls(runtime, device))
 
-    def add(self, owner: object, nbytes: int) -> None:
+    def add(self, nbytes: int) -> object:
+        """Let so many bytes more be reserved, until `remove` is given what this returns."""
+        part = object()
         with self._lock:
             if not self._parts:
                 self._look()
-            self._parts[id(owner)] = nbytes
+            self._parts[part] = nbytes
             self._set()
+        return part
 
-    def remove(self, owner: object) -> None:
+    def remove(self, part: object) -> None:
         with self._lock:
-            self._parts.pop(id(owner))
+            self._parts.pop(part)
             self._set()
 
     def _look(self) -> None:

@@ -25,21 +25,20 @@ from torch import Tensor
 
 from offload.blocks import Block, Extent, aligned
 from offload.checkpoint import Checkpoint
-from offload.devices import Cancelled, CourierThread, HostCounter, Wait, aligned_buffer
-from offload.handover import Handover
+from offload.devices import Counter, CourierThread, HostCounter, Wait, Worker, aligned_buffer
 from offload.identity import check_before_read
 from offload.mapped import copy_source, is_used_in_place, read_source
 from offload.paging import HUGE_PAGE, PageTable
 from offload.residency import ResidencyPlan, Tier
 from offload.rounds import Rounds
-from offload.timeline import Timeline
+from offload.visits import Visits
 
 # Ahead of the compute, beyond the next block, no more than this is mapped: pages let go of and soon taken again are
 # still warm, in the caches and in a virtual machine's tables, and reading needs no longer a run.
 AHEAD_BYTES = 256 << 20
 
 
-class PagedBlocks:
+class PagedBlocks(Visits[int]):
     """The weights of `blocks`, one block at a time, as `Ring` lends them. A context manager.
 
     with paged.visit("layers.3") as weights: name -> tensor on the CPU, valid until the visit ends
@@ -67,28 +66,20 @@ class PagedBlocks:
         computed: Collection[torch.dtype] | None = None,
     ) -> None:
         """Raises OSError where a file cannot be opened again."""
-        self.seeks = 0
-        self.visits = 0
+        super().__init__(Rounds([block.name for block in blocks], once))
         self.read_bytes = 0
         self.mapped_bytes = 0  # the most at once
-        self.timeline = Timeline()
         self._checkpoint = checkpoint
         self._blocks = list(blocks)
         self._keep_cache = keep_cache
         self._computed = computed
         self._window = plan.ring_bytes
         self._copies = aligned_buffer(max((copied_bytes(block, computed) for block in blocks), default=0))
-        self._rounds = Rounds([block.name for block in blocks], once)
         self._staying = {self._rounds.index[name] for name, tier in plan.tiers.items() if tier is Tier.DEVICE}
         self._brought: set[int] = set()  # of those that stay
         self._reading_since: float | None = None
-        self._worker: CourierThread | None
-        self._stopping = False
-        self._visiting: str | None = None
-        self._closed = False
-        self._cursor = 0
-        self._handed, self._released = Handover[int](HostCounter()), HostCounter()
         self._settled: set[int] = set()  # of those brought, no longer counted
+        self._reset(0)
         self._tables: dict[Path, PageTable] = {}
         with ExitStack() as stack:
             for path in {extent.path for block in blocks for extent in block.layout.extents}:
@@ -99,30 +90,32 @@ class PagedBlocks:
                     self._tables[extent.path].expect(extent.offset, extent.nbytes)
             stack.pop_all()
         # What comes before the first visit takes a while: the first block may be there by then.
-        self._worker = CourierThread(self._courier(0)) if self._blocks else None
+        self._worker = self._start(0) if self._blocks else None
 
     # The caller's side
 
     @contextmanager
     def visit(self, name: str) -> Iterator[Mapping[str, Tensor]]:
         """Lend the weights of a block. Raises ValueError inside another visit and once closed, KeyError."""
-        if self._closed or self._visiting is not None:
-            raise ValueError(f"block {name} cannot be visited: {self._visiting or 'closed'}")
+        self._owner.require("the mapped file")
         asked = time.perf_counter()
-        index = self._rounds.index[name]
-        was_handed = self._take(index)
-        self._visiting = f"block {name} is being visited"
+        with self._using:
+            self._require_open(name)
+            index = self._rounds.index[name]
+            is_passing = self._take(index) is not None
+            weights = self._weights(self._blocks[index])
+            self._visiting = f"block {name} is being visited"
         self.visits += 1
         lent = time.perf_counter()
         self.timeline.add("wait", name, asked, lent)
         try:
-            yield self._weights(self._blocks[index])
+            yield weights
         finally:
             self._visiting = None
             self.timeline.add("compute", name, lent, time.perf_counter())
             if index in self._staying:
                 self._settled.add(index)
-            if was_handed:
+            if is_passing:
                 self._released.advance()
 
     def _weights(self, block: Block) -> dict[str, Tensor]:
@@ -138,66 +131,34 @@ class PagedBlocks:
             used += aligned(nbytes)
         return weights
 
-    def _take(self, index: int) -> bool:
-        """Return once the pages of the block are there, whether they were brought for this visit; seeks where the
-        courier is elsewhere."""
-        if index in self._settled:
-            return False  # and the courier is where it was
-        expected = self._worker is not None and self._rounds.next(self._cursor, self._is_moving) == index
-        if not expected or self._next_handed() != index:  # whatever was expected, what is brought decides
-            self._seek(index)
-            if index in self._settled:  # it had been brought to stay, and not been asked for yet
-                return False
-            found = self._next_handed()
-            assert found == index, "a courier begins with what was sought"
-        self._cursor = index + 1
-        return True
+    def _start(self, index: int) -> Worker:
+        return CourierThread(self._courier(index))
 
-    def _next_handed(self) -> int | None:
-        """`Handover.next`, of indices. Where it raises, the courier is at an end."""
-        try:
-            return self._handed.next()
-        except BaseException:
-            self._stop()
-            raise
+    def _new_counter(self) -> Counter:
+        return HostCounter()
 
-    def _is_moving(self, index: int) -> bool:
-        return index not in self._settled
-
-    def _seek(self, index: int) -> None:
-        """Let the courier start over at a block."""
-        if self._worker is not None:
-            self.seeks += 1
-        self._stop()
-        self._reset(index)
-        self._worker = CourierThread(self._courier(index))
-
-    def _reset(self, index: int) -> None:
-        self._cursor = index
-        self._handed, self._released = Handover[int](HostCounter()), HostCounter()
+    def _begin_anew(self) -> None:
         # Brought to stay, but perhaps never asked for: the courier will not bring it again.
         self._settled = set(self._brought)
 
-    def _stop(self) -> None:
-        """End the courier; returns once it touches nothing any more and has let go of what was ahead."""
-        if self._worker is not None:
-            self._stopping = True
-            self._released.fail(Cancelled())
-            self._worker.join()
-            self._worker = None
-        self._stopping = False
+    def _is_settled(self, index: int) -> bool:
+        return index in self._settled
+
+    def _index_of(self, brought: int) -> int:
+        return brought
 
     def close(self) -> None:
         """End the courier and let go of all pages. May be called twice. Tensors of visits stay readable, slowly."""
-        self._closed = True
-        self._stop()
-        self._handed.fail(ValueError("closed while a block was waited for"))  # by another thread
-        for index in self._brought:
-            self._let_go(index)
-        self._brought.clear()
-        self._copies = torch.empty(0, dtype=torch.uint8)
-        while self._tables:
-            self._tables.popitem()[1].close()
+        if self._owner.is_another:
+            return
+        self._end()
+        with self._using:
+            for index in self._brought:
+                self._let_go(index)
+            self._brought.clear()
+            self._copies = torch.empty(0, dtype=torch.uint8)
+            while self._tables:
+                self._tables.popitem()[1].close()
 
     def __enter__(self) -> PagedBlocks:
         return self

@@ -35,6 +35,7 @@ from offload.blocks import Extent
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
 from offload.identity import FileIdentity, check_before_read
+from offload.owner import Owner
 from offload.paging import PageTable
 
 PIECE_BYTES = 1 << 20
@@ -338,6 +339,7 @@ class Reader:
         self._pieces: SimpleQueue[_Piece | None] = SimpleQueue()
         self._jobs: WeakSet[ReadJob] = WeakSet()
         self._submitting = threading.Lock()
+        self._owner = Owner()
         self._closed = False
         self._threads = [threading.Thread(target=self._work, name="offload-read", daemon=True) for _ in range(threads)]
         for thread in self._threads:
@@ -365,6 +367,7 @@ class Reader:
         them in the page cache is better used otherwise.
         Raises CheckpointError when a file changed, ValueError once closed; errors of the reads come from the job.
         """
+        self._owner.require("the reader")
         for path in sorted({extent.path for extent in extents}):
             check_before_read(self._identities[path], path, label)
         target: _Bytes = buffer.numpy()
@@ -415,6 +418,8 @@ class Reader:
 
     def close(self) -> None:
         """Cancel what is under way, end the threads, close the files. May be called twice."""
+        if self._owner.is_another:
+            return
         with self._submitting:  # no piece may come after what ends the threads
             self._closed = True
         for job in list(self._jobs):

@@ -30,11 +30,10 @@ from typing import Protocol
 from torch import Tensor
 
 from offload.blocks import ALIGNMENT, Block, Extent
-from offload.devices import Cancelled, Device, Event, Stream, Wait, Worker
-from offload.handover import Handover
+from offload.devices import Counter, Device, Event, Stream, Wait, Worker
 from offload.residency import ResidencyPlan, SlotCycle, Tier
 from offload.rounds import Rounds
-from offload.timeline import Timeline
+from offload.visits import Visits
 
 STAGING_BUFFERS = 4
 # Where no staging ring says how much is read at a time.
@@ -59,7 +58,7 @@ class BlockReader(Protocol):
     def submit(self, label: str, extents: Sequence[Extent], buffer: Tensor, *, drop_cache: bool = False) -> Job: ...
 
 
-class Ring:
+class Ring(Visits["_Visit"]):
     """The weights of `blocks`, one block at a time. A context manager.
 
     with ring.visit("layers.3") as weights: name -> tensor on the device, valid until the visit ends
@@ -92,12 +91,10 @@ class Ring:
         poison: bool = False,
         cached_reader: BlockReader | None = None,
     ) -> None:
-        self.seeks = 0
+        super().__init__(Rounds([block.name for block in blocks], once))
         self.copied_bytes = 0
         self.read_bytes = 0  # the reader counts
         self.mapped_bytes = 0
-        self.visits = 0
-        self.timeline = Timeline()
         self._keep_cache = keep_cache
         self._device = device
         self._reader = reader
@@ -109,7 +106,6 @@ class Ring:
         # Before the homes: where pins run short, the buffers that every streamed byte passes come first.
         self._staging = _staging(plan, device)
         self._homes = _homes(blocks, plan, device)
-        self._rounds = Rounds([home.block.name for home in self._homes], once)
         self._slots = _slots(plan, device)
         self._cycle = SlotCycle(len(self._slots)) if self._slots else None
         self._chunk_bytes = self._staging[0].buffer.nbytes if self._staging else CHUNK_BYTES
@@ -119,26 +115,26 @@ class Ring:
         for staging in self._staging:
             self._copies.record(staging.copied)
         self._views: dict[tuple[int, int], _Views] = {}
-        self._worker: Worker | None = None
-        self._stopping = False
-        self._visiting: str | None = None
-        self._closed = False
         self._reset(0)
 
     # The caller's side
 
     @contextmanager
     def visit(self, name: str) -> Iterator[Mapping[str, Tensor]]:
-        """Lend the weights of a block. Raises ValueError inside another visit and once closed, KeyError."""
-        if self._closed or self._visiting is not None:
-            raise ValueError(f"block {name} cannot be visited: {self._visiting or 'the ring is closed'}")
+        """Lend the weights of a block. Raises ValueError inside another visit and once closed, KeyError, RuntimeError
+        in a forked child."""
+        self._owner.require("the ring")
         asked = time.perf_counter()
-        self._timer.asked(name)
-        visit = self._take(self._rounds.index[name])
-        compute = self._computed_on = self._device.compute_stream()
-        self._await_ready(visit, compute)
-        self._timer.begun()
-        self._visiting = f"block {name} is being visited"
+        with self._using:
+            self._require_open(name)
+            self._timer.asked(name)
+            index = self._rounds.index[name]
+            visit = self._take(index) or self._homes[index].settled
+            assert visit is not None, "what is settled has a place"
+            compute = self._computed_on = self._device.compute_stream()
+            self._await_ready(visit, compute)
+            self._timer.begun()
+            self._visiting = f"block {name} is being visited"
         self.visits += 1
         lent = time.perf_counter()
         self.timeline.add("wait", name, asked, lent)
@@ -147,37 +143,9 @@ class Ring:
         finally:
             self._visiting = None
             self.timeline.add("compute", name, lent, time.perf_counter())
-            self._timer.done()
-            self._release(visit, compute)
-
-    def _take(self, index: int) -> _Visit:
-        """The next visit, which must be to the block at `index`; seeks where the courier is elsewhere."""
-        home = self._homes[index]
-        if home.settled is not None:
-            return home.settled  # and the courier is where it was
-        expected = self._worker is not None and self._next_moving() == index
-        visit = self._next_handed() if expected else None
-        if visit is None or visit.index != index:  # whatever was expected, what is brought decides
-            self._seek(index)
-            settled = self._homes[index].settled
-            if settled is not None:  # it had been brought to stay, and not been asked for yet
-                return settled
-            visit = self._next_handed()
-            assert visit is not None, "a courier begins with what was sought"
-        self._cursor = index + 1
-        return visit
-
-    def _next_handed(self) -> _Visit | None:
-        """`Handover.next`. Where it raises, the courier is at an end."""
-        try:
-            return self._handed.next()
-        except BaseException:
-            self._stop()
-            raise
-
-    def _next_moving(self) -> int | None:
-        """The block that the courier brings next; None after the last, where there are no rounds."""
-        return self._rounds.next(self._cursor, lambda index: self._homes[index].settled is None)
+            with self._using:
+                self._timer.done()
+                self._release(visit, compute)
 
     def _await_ready(self, visit: _Visit, compute: Stream) -> None:
         compute.wait(visit.ready)
@@ -200,44 +168,37 @@ class Ring:
     def _record_free(self, slot: int, compute: Stream) -> None:
         compute.record(self._slots[slot].free)
 
-    def _seek(self, index: int) -> None:
-        """Let the courier start over at a block."""
-        if self._worker is not None:
-            self.seeks += 1
-        self._stop()
-        self._reset(index)
-        self._worker = self._device.start(self._courier(index))
+    def _start(self, index: int) -> Worker:
+        return self._device.start(self._courier(index))
 
-    def _reset(self, index: int) -> None:
-        self._cursor = index
-        self._handed: Handover[_Visit] = Handover(self._device.new_counter())
-        self._released = self._device.new_counter()
+    def _new_counter(self) -> Counter:
+        return self._device.new_counter()
+
+    def _begin_anew(self) -> None:
         self._last_use = [0] * len(self._slots)  # visits that must be released before a slot is free
         for home in self._homes:
-            # Loaded to stay, but never asked for: the courier will not bring it again.
+            # Loaded to stay, but perhaps never asked for: the courier will not bring it again.
             if home.loaded is not None:
                 home.settled = home.loaded
 
-    def _stop(self) -> None:
-        """End the courier; returns once nothing reads or copies any more."""
-        if self._worker is not None:
-            self._stopping = True
-            self._released.fail(Cancelled())
-            self._worker.join()
-            self._worker = None
-        self._stopping = False
+    def _is_settled(self, index: int) -> bool:
+        return self._homes[index].settled is not None
+
+    def _index_of(self, brought: _Visit) -> int:
+        return brought.index
 
     def close(self) -> None:
         """End the courier and let go of all memory. May be called twice. Tensors of visits become garbage."""
-        self._closed = True
-        self._stop()
-        self._handed.fail(ValueError("the ring was closed while a block was waited for"))  # by another thread
-        # Other streams may still use what is freed here; visits ran on the one they left in `_computed_on`.
-        self._computed_on.synchronize()
-        self._timer.finish()
-        self._reset(0)
-        self._homes, self._slots, self._staging = [], [], []
-        self._views.clear()
+        if self._owner.is_another:
+            return
+        self._end()
+        with self._using:
+            # Other streams may still use what is freed here; visits ran on the one they left in `_computed_on`.
+            self._computed_on.synchronize()
+            self._timer.finish()
+            self._reset(0)
+            self._homes, self._slots, self._staging = [], [], []
+            self._views.clear()
 
     def __enter__(self) -> Ring:
         return self

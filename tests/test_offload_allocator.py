@@ -74,19 +74,37 @@ def test_the_allocator_is_limited_until_the_device_is_closed() -> None:
 def test_a_limit_beyond_the_card_is_the_card() -> None:
     card = CardWithAllocator()
 
-    device_on(card, memory_limit=9 * GIB)
+    device = device_on(card, memory_limit=9 * GIB)
+    limited = card.fraction
+    del device
 
-    assert card.fraction == 1.0
+    assert limited == 1.0
+    assert card.fraction == 0.9, "a device that nobody closed takes its limit along"
 
 
 def test_what_the_process_had_reserved_before_is_not_in_the_limit() -> None:
     card = CardWithAllocator()
     card.reserved, card.idle = 3 * GIB, GIB
 
-    device_on(card, memory_limit=2 * GIB)
+    device = device_on(card, memory_limit=2 * GIB)
 
     assert card.fraction == 4 / 8
+    device.close()
     assert card.current == 7, "and the current device is as before"
+
+
+def test_a_device_that_becomes_garbage_while_limits_are_set_lifts_its_own() -> None:
+    card = CardWithAllocator()
+    garbage = [device_on(card, memory_limit=GIB)]
+    look = card.memory_reserved
+    card.memory_reserved = lambda device: (garbage.clear(), look(device))[1]  # as a collection there would
+    other = CardWithAllocator()
+    other.memory_reserved = card.memory_reserved
+
+    kept = device_on(other, memory_limit=2 * GIB)
+
+    assert (card.fraction, other.fraction) == (0.9, 0.25)
+    kept.close()
 
 
 @pytest.mark.parametrize("first", [0, 1])
