@@ -22,18 +22,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def choose_device(device: str | torch.device) -> torch.device:
     """ "auto": CUDA where there is one, else the CPU. Raises ValueError for a device that is not there.
 
-    Makes the device's context, so that what the driver takes of the host's memory is seen by whoever plans it.
+    A card is named with its number: "cuda" alone would be whichever card is the current one at the time. Makes the
+    device's context, so that what the driver takes of the host's memory is seen by whoever plans it.
     """
     try:
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(1, device=place)
+        made = torch.empty(1, device=place)
     # torch raises AssertionError where CUDA is compiled out, ImportError for kinds that others add to it.
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device {str(device)!r} cannot be used here ({reason}); try auto or cpu") from error
     if place.type == "meta":
         raise ValueError("device 'meta' computes nothing; try auto or cpu")
-    return place
+    return made.device
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

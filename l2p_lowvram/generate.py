@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload import BudgetError, MemoryWatch, format_bytes, peak_device_bytes, process_memory, start_device_peak
+from offload import MemoryWatch, format_bytes, peak_device_bytes, process_memory, start_device_peak
 
 from . import images, metadata
 from .console import print_line, say
@@ -82,13 +82,14 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
             notices.append(DEMO_NOTICE)
             say(DEMO_NOTICE)
         run = Run(order, _load(order, prompt_cache), Progress(quiet=options.quiet), order.preview, notices)
+        del order  # its photograph may be larger than the whole budget, and is let go of once it is resized
         try:
             run.add_seconds("load", time.perf_counter() - started)
             run.warn_of_new(run.pipe.warnings)
             with user_input():
                 settings = resolve_settings(run)
                 # Refused now rather than after the text encoder has run.
-                plan = _plan(run, settings)
+                plan = run.pipe.describe_plan(_work(run, settings), _encoded(run, settings))
             if not options.quiet:
                 say(f"plan: {plan}")
                 say(f"compute: {run.pipe.compute.told()}")
@@ -107,32 +108,19 @@ def generate(options: argparse.Namespace, *, model: str | None, prompt_cache: bo
     return EXIT_BUDGET if options.strict_budget and _breaks_budget(report) else 0
 
 
-def _plan(run: Run, settings: metadata.RunSettings) -> str:
-    """How the run is cut, in words. Raises BudgetError with what the needier of its phases takes, if one does not
-    fit."""
-    refused: list[BudgetError] = []
-    plan = ""
-    try:
-        plan = run.pipe.describe_plan(_work(run, settings))
-    except BudgetError as error:
-        refused.append(error)
-    try:
-        if run.pipe.prompt_encoder is not None:
-            run.pipe.prompt_encoder.require_room(_prompts(settings))
-    except BudgetError as error:
-        refused.append(error)
-    if refused:
-        raise max(refused, key=lambda error: error.needed)
-    return plan
-
-
 def _prompts(settings: metadata.RunSettings) -> list[str]:
     """Those that are encoded: the negative one only where there is guidance."""
     return [settings.prompt, settings.negative_prompt] if settings.cfg_scale != 1 else [settings.prompt]
 
 
 def _work(run: Run, settings: metadata.RunSettings) -> PictureWork:
-    return run.pipe.work(settings.width, settings.height, 1, settings.cfg_scale, PROMPT_TOKENS)
+    prompts = _encoded(run, settings)
+    tokens = run.pipe.caption_tokens(prompts) if prompts else PROMPT_TOKENS
+    return run.pipe.work(settings.width, settings.height, 1, settings.cfg_scale, tokens)
+
+
+def _encoded(run: Run, settings: metadata.RunSettings) -> list[str]:
+    return [] if run.pipe.prompt_encoder is None else _prompts(settings)
 
 
 def _breaks_budget(report: dict[str, Any]) -> bool:

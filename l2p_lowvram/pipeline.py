@@ -12,7 +12,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from offload import parse_bytes
+from offload import BudgetError, parse_bytes
+from offload.owner import Owner, is_worker
 
 from . import images, sampling
 from .arguments import number, whole_number
@@ -104,6 +106,7 @@ def _computing(method: Callable[Concatenate[L2PPipeline, P], R]) -> Callable[Con
 
     @functools.wraps(method)
     def run(self: L2PPipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self._owner.require("this pipeline")  # whoever had its turn as a child was forked will never give it back
         with (
             self._turn,
             # Not inference mode, whose tensors a callback could not go on with; and out of a caller's, since what is
@@ -149,7 +152,8 @@ class L2PPipeline:
         self.weights = ResidentWeights(transformer.config) if weights is None else weights
         self.device = torch.device(device)
         self.streamer = Streamer(self.device) if streamer is None else streamer
-        self._finalizer = weakref.finalize(self, _close, self.weights, self.streamer)
+        self._owner = Owner()
+        self._finalizer = weakref.finalize(self, _close_garbage, self.weights, self.streamer, self._owner)
         self._notices: list[str] = []
         self._refined: list[tuple[Tensor, Caption]] = []
         self.dtype, self.stream_dtype = dtype, stream_dtype(dtype)
@@ -234,6 +238,19 @@ class L2PPipeline:
         compute: str = "auto",
     ) -> L2PPipeline:
         """`from_pretrained` once it is known which files make up the model, and who streams them."""
+        with in_host_memory():
+            return cls._opened(files, streamer, dtype, prompt_cache, bf16_timestep, compute)
+
+    @classmethod
+    def _opened(
+        cls,
+        files: ModelFiles,
+        streamer: Streamer,
+        dtype: torch.dtype,
+        prompt_cache: bool | str | os.PathLike[str] | None,
+        bf16_timestep: bool,
+        compute: str,
+    ) -> L2PPipeline:
         encoder = files.text_encoder(streamer, stream_dtype(dtype))
         tokenizer = files.tokenizer() if encoder is not None else None
         opened = files.open_transformer(streamer)
@@ -267,8 +284,9 @@ class L2PPipeline:
         )
 
     def close(self) -> None:
-        """Give back weights, files and threads. May be called twice; the next call takes them anew."""
-        _close(self.weights, self.streamer)
+        """Give back weights, files and threads. May be called twice; the next call takes them anew. In a forked child
+        nothing is given back, since it is the parent's."""
+        _close(self.weights, self.streamer, self._owner)
 
     def __enter__(self) -> L2PPipeline:
         return self
@@ -319,16 +337,23 @@ class L2PPipeline:
         """
         return self.encode_prompts([prompt])[0]
 
+    def _encoder_of(self, texts: Sequence[str]) -> PromptEncoder | None:
+        """Raises ValueError where there are texts, but no text encoder."""
+        if self.prompt_encoder is None and texts:
+            raise ValueError(
+                "this model has no text encoder; give text_encoder= and tokenizer=, or run from prompt_embeds"
+            )
+        return self.prompt_encoder
+
     @_computing
     def encode_prompts(self, prompts: Prompts) -> list[Tensor]:
         """`encode_prompt` of several prompts, for which the encoder's weights are read once."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if self.prompt_encoder is None:
-            raise ValueError(
-                "this model has no text encoder; give text_encoder= and tokenizer=, or run from prompt_embeds"
-            )
+        encoder = self._encoder_of(prompts)
+        if encoder is None:
+            return []
         with full_fp32(self.device, self.stream_dtype):
-            found = self.prompt_encoder(prompts, self._report("text encoder"))
+            found = encoder(prompts, self._report("text encoder"))
         if not all(bool(features.isfinite().all()) for features in found):
             raise NonFiniteError("text encoder", hint="try dtype fp32")
         return [features.to(self.device, self.stream_dtype) for features in found]
@@ -381,7 +406,6 @@ class L2PPipeline:
 
         Raises ValueError for bad arguments, NonFiniteError when the sample overflows.
         """
-        self._interrupted = False
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         image = check_image(image)
@@ -397,30 +421,50 @@ class L2PPipeline:
         draw, seeds = noise_source((batch, IMAGE_CHANNELS, height, width), seed, generator, latents, noise_device)
         check_start(image, latents, (IMAGE_CHANNELS, height, width))
 
-        started = time.perf_counter()
-        features = self._features([*prompts, *(negatives or [])])
-        encoded = time.perf_counter()
-        work = self.work(width, height, batch, cfg, max(item.shape[0] for item in features))
-        tiling = self.weights.open(work)
-        with full_fp32(self.device, self.stream_dtype):
-            captions = self._captions(features)
-        self.weights.reserve(work, tiling)
-        job = _Job(
-            work,
-            schedule,
-            _repeat(captions[: len(prompts)], count),
-            None if negatives is None else _repeat(captions[len(prompts) :], count),
-            cfg,
-            callback_on_step_end,
-        )
-        # Not before the picture is known to fit. In a list, for the loop to take it out of: no frame holds on to what
-        # the run began with.
-        start = [draw() if image is None else noised(image, draw(), schedule[0])]
-        require_finite(start[0], "latents" if latents is not None else "image")
-        with full_fp32(self.device, self.stream_dtype):
-            result, was_stopped = self._denoise(job, start, tiling)
-        seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
+        items = [*prompts, *(negatives or [])]
+        work = self.work(width, height, batch, cfg, self.caption_tokens(items))
+        self.describe_plan(work, [item for item in items if isinstance(item, str)])  # refuses what does not fit
+
+        with self._interruptible():
+            started = time.perf_counter()
+            features = self._features(items)
+            encoded = time.perf_counter()
+            tiling = self.weights.open(work)
+            with full_fp32(self.device, self.stream_dtype):
+                captions = self._captions(features)
+            self.weights.reserve(work, tiling)
+            job = _Job(
+                work,
+                schedule,
+                _repeat(captions[: len(prompts)], count),
+                None if negatives is None else _repeat(captions[len(prompts) :], count),
+                cfg,
+                callback_on_step_end,
+            )
+            # Not before it is known to fit. In a list, for the loop to take it out of: no frame holds on to what the
+            # run began with.
+            start = [draw() if image is None else noised(image, draw(), schedule[0])]
+            require_finite(start[0], "latents" if latents is not None else "image")
+            with full_fp32(self.device, self.stream_dtype):
+                result, was_stopped = self._denoise(job, start, tiling)
+            seconds = {"text encoder": encoded - started, "denoise": time.perf_counter() - encoded}
         return PipelineOutput(_as_output(result, output_type), seeds, seconds, was_stopped)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """One call, which `interrupt` ends. A callback may make another: what is interrupted there is that one."""
+        before, self._interrupted = self._interrupted, False
+        try:
+            yield
+        finally:
+            self._interrupted = before
+
+    def caption_tokens(self, prompts: Sequence[str | Tensor]) -> int:
+        """Of the longest prompt, text or features (tokens, width). Raises ValueError for a text without an encoder."""
+        texts = [item for item in prompts if isinstance(item, str)]
+        encoder = self._encoder_of(texts)
+        lengths = [item.shape[0] for item in prompts if isinstance(item, Tensor)]
+        return max([*lengths, *(len(encoder.tokenizer(text)) for text in texts if encoder is not None)])
 
     def work(self, width: int, height: int, pictures: int, cfg_scale: float, caption_tokens: int) -> PictureWork:
         """What a call computes on, for plans."""
@@ -429,9 +473,24 @@ class L2PPipeline:
         int8 = self.compute.name == INT8
         return PictureWork(width, height, pictures, cfg_scale != 1, tokens, self.dtype, keys, int8)
 
-    def describe_plan(self, work: PictureWork) -> str:
-        """How a run would be cut and where its blocks would live, in words. Raises BudgetError if it cannot be."""
-        return self.weights.told(work)
+    def describe_plan(self, work: PictureWork, prompts: Sequence[str] = ()) -> str:
+        """How a run would be cut and where its blocks would live, in words. prompts: that are encoded for it.
+
+        Raises BudgetError with what the needier of encoding and drawing takes, if one of them does not fit.
+        """
+        plan, refused = "", []
+        try:
+            plan = self.weights.told(work)
+        except BudgetError as error:
+            refused.append(error)
+        try:
+            if self.prompt_encoder is not None:
+                self.prompt_encoder.require_room(prompts)
+        except BudgetError as error:
+            refused.append(error)
+        if refused:
+            raise max(refused, key=lambda error: error.needed)
+        return plan
 
     def _denoise(self, job: _Job, start: list[Tensor], tiling: Tiling) -> tuple[Tensor, bool]:
         """The Euler loop, on pictures in host memory. Returns the last pixels, or the estimate and True after
@@ -450,6 +509,9 @@ class L2PPipeline:
                 pixels = self._call_back(job.callback, step, float(next_sigma), pixels, estimate)
                 if not pixels.isfinite().all():
                     raise NonFiniteError("callback", step, steps)
+                # It may have encoded a prompt, drawn another picture or closed: whatever took the memory is done.
+                self.weights.open(job.work)
+                self.weights.reserve(job.work, tiling)
             if self._interrupted and estimate is not None:
                 return estimate, True
             del estimate
@@ -606,9 +668,21 @@ class L2PPipeline:
         return captions
 
 
-def _close(weights: TransformerWeights, streamer: Streamer) -> None:
-    weights.close()
-    streamer.close()
+def _close(weights: TransformerWeights, streamer: Streamer, owner: Owner) -> None:
+    if owner.is_another:
+        return
+    try:
+        weights.close()
+    finally:
+        streamer.close()
+
+
+def _close_garbage(weights: TransformerWeights, streamer: Streamer, owner: Owner) -> None:
+    """Garbage is collected by whichever thread comes to it; one that is to be ended cannot wait for itself."""
+    if is_worker():
+        threading.Thread(target=_close, args=(weights, streamer, owner), name="close").start()
+    else:
+        _close(weights, streamer, owner)
 
 
 def _bytes(size: int | str | None, name: str) -> int | None:

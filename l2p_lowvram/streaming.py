@@ -454,6 +454,7 @@ class Streamer:
         if self.options.vram is None:
             return
         free = self._free_device_bytes() + CONTEXT_BYTES
+        self._notices = []  # of an earlier opening, when other bytes were free
         if self.options.vram > free:
             self._notices.append(
                 f"--vram {format_bytes(self.options.vram)} is more than {self.device} has free "

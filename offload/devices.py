@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload.owner import THREAD_PREFIX
 from offload.timeline import Timeline
 
 # Slots are aligned for every kernel, staging buffers for direct reads.
@@ -175,7 +176,8 @@ class CourierThread:
 
     def __init__(self, courier: Courier) -> None:
         # A daemon: a caller who never closes the ring must still be able to end the program.
-        self._thread = threading.Thread(target=self._run, args=(courier,), name="offload-courier", daemon=True)
+        name = f"{THREAD_PREFIX}courier"
+        self._thread = threading.Thread(target=self._run, args=(courier,), name=name, daemon=True)
         self._thread.start()
 
     @staticmethod

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+
+# Of the names of all threads that read and move blocks.
+THREAD_PREFIX = "offload-"
 
 
 class Owner:
@@ -23,3 +27,8 @@ class Owner:
                 f"{what} was opened before a fork, and its threads are the parent's; open it anew in the child, "
                 "or start the child with spawn"
             )
+
+
+def is_worker() -> bool:
+    """Whether this thread is one of those that read and move blocks."""
+    return threading.current_thread().name.startswith(THREAD_PREFIX)

@@ -35,7 +35,7 @@ from offload.blocks import Extent
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
 from offload.identity import FileIdentity, check_before_read
-from offload.owner import Owner
+from offload.owner import THREAD_PREFIX, Owner
 from offload.paging import PageTable
 
 PIECE_BYTES = 1 << 20
@@ -341,7 +341,9 @@ class Reader:
         self._submitting = threading.Lock()
         self._owner = Owner()
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, name="offload-read", daemon=True) for _ in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{THREAD_PREFIX}read", daemon=True) for _ in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
         try:

@@ -71,8 +71,7 @@ class FakePipeline:
         self.warnings: tuple[str, ...] = ()
         self.on_progress: Any = None
         self.planned: list[list[str]] = []
-        fits = types.SimpleNamespace(require_room=self.planned.append)
-        self.prompt_encoder = fits if self.has_text_encoder else None
+        self.prompt_encoder = types.SimpleNamespace() if self.has_text_encoder else None
         self.memory, self.phases, self.fallbacks = MemoryOptions(ram=options["ram"]), [], []
         self.closed = False
         self.encoded: list[str] = []
@@ -92,7 +91,11 @@ class FakePipeline:
     def work(self, *arguments: Any) -> tuple[Any, ...]:
         return arguments
 
-    def describe_plan(self, work: Any) -> str:
+    def caption_tokens(self, prompts: list[str]) -> int:
+        return max(map(len, prompts))
+
+    def describe_plan(self, work: Any, prompts: list[str]) -> str:
+        self.planned.append(prompts)
         if self.plan_error is not None:
             raise self.plan_error
         return "slices as given"
@@ -455,8 +458,8 @@ def test_the_real_pipeline_takes_what_the_command_gives(
     inspect.signature(L2PPipeline.__call__).bind(None, **pipeline.last.calls[0])
     with torch.device("meta"):
         model = L2PTransformer(CONFIG)
-    used = {"on_progress", "prompt_encoder", "identity", "warnings", "phases", "memory", "fallbacks", "describe_plan"}
-    assert used | {"compute"} <= set(dir(L2PPipeline(model)))
+    used = {"on_progress", "prompt_encoder", "identity", "warnings", "phases", "memory", "fallbacks"}
+    assert used | {"compute", "describe_plan", "caption_tokens"} <= set(dir(L2PPipeline(model)))
 
 
 # prompts

@@ -27,6 +27,7 @@ from l2p_lowvram.devices import choose_dtype
 from l2p_lowvram.errors import is_out_of_memory
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.model import TransformerBlock
+from l2p_lowvram.synthetic import main as make_synthetic
 from l2p_lowvram.tilings import tilings
 from l2p_lowvram.weights import load_transformer
 from offload import Checkpoint
@@ -667,6 +668,33 @@ def test_a_callback_may_differentiate_and_a_caller_be_in_inference_mode(pipe):
     assert not torch.equal(second.images, pipe(**PROMPT, seed=1, **FAST).images)
     assert not second.images.requires_grad
     assert kept.images.shape == (1, 32, 64, 3)
+
+
+def test_a_call_from_a_callback_and_the_call_around_it_are_interrupted_each_on_its_own(pipe):
+    def draw_another(given, step, sigma, tensors):
+        given.interrupt()
+        assert not given(**PROMPT, seed=2, **FAST).interrupted
+
+    def stop_another(given, step, sigma, tensors):
+        stop = lambda pipe, *_: pipe.interrupt()  # noqa: E731
+        assert given(**PROMPT, seed=2, **FAST, callback_on_step_end=stop).interrupted
+
+    assert pipe(**PROMPT, seed=1, **FAST, callback_on_step_end=draw_another).interrupted
+    assert not pipe(**PROMPT, seed=1, **FAST, callback_on_step_end=stop_another).interrupted
+
+
+def test_a_card_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device("cuda", 1)))
+
+    assert devices.choose_device("cuda") == torch.device("cuda", 1)
+
+
+def test_a_programs_default_device_does_not_keep_an_int8_model_from_opening(tmp_path: Path):
+    path = tmp_path / "wide.safetensors"
+    wide = ["--layers", "1", "--refiners", "1", "--dim", "512", "--heads", "4", "--caption-dim", "64"]
+    make_synthetic([str(path), *wide])
+    with torch.device("meta"), L2PPipeline.from_pretrained(path, dtype="fp32", compute="int8") as pipe:
+        assert pipe.compute.name == "int8"
 
 
 def test_a_callback_that_returns_nan_is_caught(pipe):

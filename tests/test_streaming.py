@@ -159,6 +159,52 @@ def test_a_picture_beyond_the_budget_is_refused_before_anything_of_its_size_is_m
             pipe(**PROMPT, **start, width=8192, height=8192, num_inference_steps=2)
 
 
+@pytest.mark.parametrize("io", ["read", "mmap"])
+@pytest.mark.parametrize("does", ["encodes", "closes", "draws another"])
+def test_a_callback_that_takes_the_memory_changes_no_bit(io: str, does: str) -> None:
+    asked: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 1, "output_type": "pt"}
+    with L2PPipeline.from_pretrained("demo", dtype="fp32", ram=1, io=io) as pipe, pytest.raises(BudgetError) as refusal:
+        pipe("a red ring", **asked)
+
+    def act(pipe: L2PPipeline, step: int, *_: object) -> None:
+        if does == "encodes":
+            pipe.encode_prompt("a blue square")
+        elif does == "closes":
+            pipe.close()
+        elif step == 0:
+            pipe("a blue square", **{**asked, "width": 32})
+
+    with L2PPipeline.from_pretrained("demo", dtype="fp32", ram=refusal.value.needed, io=io) as pipe:
+        plain = pipe("a red ring", **asked).images
+        assert torch.equal(pipe("a red ring", **asked, callback_on_step_end=act).images, plain)
+
+
+def test_the_smallest_budget_that_a_refusal_names_is_enough_for_encoding_and_drawing() -> None:
+    asked: dict[str, Any] = {"width": 1024, "height": 1024, "num_inference_steps": 1, "cfg_scale": 1}
+    with L2PPipeline.from_pretrained("demo", dtype="fp32", ram="200MiB") as pipe, pytest.raises(BudgetError) as refusal:
+        pipe("a red ring " * 60, **asked)
+
+    with L2PPipeline.from_pretrained("demo", dtype="fp32", ram=refusal.value.needed) as pipe:
+        pipe("a red ring " * 60, **asked)
+
+
+def test_a_pipeline_collected_by_a_thread_of_its_own_is_closed_all_the_same(model: Path) -> None:
+    pipe = L2PPipeline.from_pretrained(model, dtype="fp32")
+    pipe(**PROMPT, **FAST)
+    streams, finalizer = pipe.streamer.streams, pipe._finalizer
+    assert not streams[-1].closed
+
+    courier = threading.Thread(target=finalizer, name="offload-courier")
+    courier.start()
+    courier.join(60)
+    for thread in threading.enumerate():
+        if thread.name == "close":
+            thread.join(60)
+
+    assert not courier.is_alive()
+    assert all(stream.closed for stream in streams)
+
+
 def test_a_step_reads_every_streamed_block_once_for_both_branches(model: Path) -> None:
     with Checkpoint.open(model) as checkpoint:
         blocks, once = cut_into_blocks(read_layout(checkpoint))
