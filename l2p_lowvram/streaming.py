@@ -45,6 +45,7 @@ from offload import (
 )
 from offload.devices import aligned_buffer
 from offload.mapped import read_source
+from offload.memory import return_freed_memory, trim_heap
 from offload.paged import copied_bytes
 from offload.paging import POPULATES_SAFELY
 from offload.pinned import system_pin_limit
@@ -245,6 +246,8 @@ class Streamer:
             raise ValueError(
                 "--vram is for graphics cards; on the CPU device memory is RAM, give --ram instead (vram= and ram=)"
             )
+        if self._is_bounded:
+            return_freed_memory()
 
     def open(self, model: nn.Module, checkpoint: Checkpoint, demand: PhaseDemand) -> WeightStream:
         """Plan the phase, take its memory, start reading. Raises BudgetError, CheckpointError, OSError."""
@@ -481,6 +484,7 @@ class Streamer:
         """Host bytes of the process without weights, as first seen since `close`, in coarse steps: a plan must not
         change because the process grew a little. What other pipelines hold by then is in it."""
         if self._process_bytes is None:
+            self._trim()
             anonymous = process_memory().anonymous
             self._process_bytes = -(-anonymous // _HOST_STEP) * _HOST_STEP + _HOST_SLACK
         return self._process_bytes
@@ -502,6 +506,17 @@ class Streamer:
         """Close every open phase; their figures stay."""
         for stream in self.streams:
             stream.close()
+        self._trim()
+
+    def _trim(self) -> None:
+        """Let go of what a phase has freed, where memory counts."""
+        if self._is_bounded:
+            trim_heap()
+
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether activations count towards a budget of host memory."""
+        return self.device.type == "cpu" and self.options.ram is not None
 
     def close(self) -> None:
         """Give everything back. May be called twice; a closed streamer can be used again."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -186,6 +189,29 @@ def test_the_smallest_budget_that_a_refusal_names_is_enough_for_encoding_and_dra
 
     with L2PPipeline.from_pretrained("demo", dtype="fp32", ram=refusal.value.needed) as pipe:
         pipe("a red ring " * 60, **asked)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what is freed")
+@pytest.mark.parametrize("ram", [None, 1 << 30])
+def test_with_a_budget_freed_activations_go_back_to_the_system(ram: int | None) -> None:
+    script = f"""
+import torch
+from l2p_lowvram.streaming import MemoryOptions, Streamer
+from offload import process_memory
+Streamer(torch.device("cpu"), MemoryOptions(ram={ram}))
+torch.ones(30 << 20, dtype=torch.uint8)  # freed: from here on glibc keeps blocks of that size
+before, kept = process_memory().anonymous, []
+for _ in range(20):
+    freed = torch.ones(8 << 20, dtype=torch.uint8)
+    kept.append(torch.ones(64 << 10, dtype=torch.uint8))
+    kept.append(freed)
+del freed, kept[1::2]
+print(process_memory().anonymous - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+
+    held = int(done.stdout)
+    assert held < 16 << 20 if ram else held > 100 << 20
 
 
 def test_a_pipeline_collected_by_a_thread_of_its_own_is_closed_all_the_same(model: Path) -> None:
