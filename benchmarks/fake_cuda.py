@@ -234,7 +234,7 @@ _OWN_COPIES = {
     aten.convolution.default,
     aten.max_pool2d_with_indices.default,
     aten.upsample_nearest2d.default,
-    aten._fused_rms_norm.default,
+    *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []),  # not in torch 2.6
 }
 _MATRIX_OPERANDS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2)}
 
@@ -242,7 +242,7 @@ _MATRIX_OPERANDS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addm
 @lru_cache(maxsize=1024)
 def _is_composite(func: Any) -> bool:
     # On CUDA this one is a kernel; elsewhere torch falls back to a chain of operations.
-    if func is aten._fused_rms_norm.default:
+    if func.name() == "aten::_fused_rms_norm":
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 

@@ -146,11 +146,11 @@ class PinnedArena:
         """uint8, uninitialised, its start aligned to a page. Raises ValueError once closed, MemoryError, OSError."""
         if self._closed:
             raise ValueError(f"a pinned buffer of {format_bytes(nbytes)} is asked for, but the arena is closed")
-        pages = _pages(nbytes)
+        pages, memory = _pages(nbytes)
         address = int(pages.ctypes.data)
         mapping = self._mappings[address] = _Mapping(address, pages.nbytes, [])
-        # numpy lets its weak references go before its memory, which mmap does not.
-        finalizer = weakref.finalize(pages, self._release, address)
+        # Holds on to the memory, which numpy may let go of before its weak references (from 2.5 on it does).
+        finalizer = weakref.finalize(pages, self._release, address, memory)
         # The end of the process gives everything back; a courier that nobody stopped may still copy then.
         finalizer.atexit = False
         self._register(mapping)
@@ -193,7 +193,8 @@ class PinnedArena:
             self.fallbacks.append(f"{error}; {format_bytes(self.pinned_bytes)} were pinned")
             most = size // 2 // mmap.PAGESIZE * mmap.PAGESIZE
 
-    def _release(self, address: int) -> None:
+    def _release(self, address: int, memory: object = None) -> None:
+        """memory: what must not go before this has returned."""
         # Popped first: whoever comes second, a finalizer or `close`, finds nothing left to do.
         mapping = self._mappings.pop(address, None)
         for begin, end in mapping.registered if mapping else ():
@@ -217,16 +218,16 @@ def _cut(registered: Sequence[tuple[int, int]], begin: int, end: int) -> list[Ru
     return runs
 
 
-def _pages(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Whole private pages of our own, at least one; given back when the array goes."""
+def _pages(nbytes: int) -> tuple[npt.NDArray[np.uint8], object]:
+    """Whole private pages of our own, at least one, and what they are given back with when nobody holds it."""
     whole = max(-(-nbytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE
     if not hasattr(mmap, "MAP_PRIVATE"):
         # Windows: a map without a file is shared memory there, so the pages come from the heap.
         memory = np.empty(whole + mmap.PAGESIZE, np.uint8)
         skip = -int(memory.ctypes.data) % mmap.PAGESIZE
-        return memory[skip : skip + whole]
+        return memory[skip : skip + whole], memory
     pages = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_DONTFORK"):
         # A fork would let this process write to copies of pages that the device goes on reading.
         pages.madvise(mmap.MADV_DONTFORK)
-    return np.frombuffer(pages, np.uint8)
+    return np.frombuffer(pages, np.uint8), pages

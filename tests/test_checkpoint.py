@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -66,7 +67,11 @@ def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
 # Sound files
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPES.keys() - {"F8_E8M0"}))
+# Older releases of the library write fewer.
+WRITTEN = {name for name, dtype in DTYPES.items() if dtype in safetensors.torch._SIZE} - {"F8_E8M0"}
+
+
+@pytest.mark.parametrize("dtype", sorted(WRITTEN))
 @pytest.mark.parametrize("shape", [(5, 3), (), (1,), (0, 4), (2, 1, 3, 2)])
 def test_what_safetensors_wrote_reads_back_to_the_bit(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     tensors = {"x.weight": random_tensor(DTYPES[dtype], shape), "y": random_tensor(torch.uint8, (3,))}

@@ -1,6 +1,7 @@
 """Parallel reads: every way of reading gives the file's bytes; every fault is named and leaves nothing behind."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -40,6 +41,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """No thread and no descriptor outlives a test, faults and all."""
+    gc.collect()  # what earlier tests left to it
     before = descriptors()
     yield
     assert [thread.name for thread in threading.enumerate() if "offload" in thread.name] == []
