@@ -340,18 +340,21 @@ def _save(run: Run, settings: metadata.RunSettings, picture: Picture, image: Ima
         if path != picture.path:
             run.warn(f"{picture.path} was made by another program meanwhile; the picture is in {path}")
     except OSError as error:  # the disk is full, the folder gone: what took hours to draw is kept where there is room
-        path = _save_elsewhere(picture.path.name, save, error)
+        path = _save_elsewhere(picture, save, error)
         run.warn(f"{describe_os_error(error)}; the picture is in {path}")
         run.misplaced = True
     run.add_seconds("save", time.perf_counter() - started)
     return replace(picture, path=path)
 
 
-def _save_elsewhere(name: str, save: Callable[..., Path], error: OSError) -> Path:
-    """In the folder at hand, or that of temporary files. Raises InputError for `error` where neither takes it."""
-    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+def _save_elsewhere(picture: Picture, save: Callable[..., Path], error: OSError) -> Path:
+    """In the folder at hand, or that of temporary files, and under a plain name where it is the name that is refused.
+    Raises InputError for `error` where none of them takes it."""
+    name, plain = picture.path.name, f"l2p-{picture.seed}{picture.path.suffix}"
+    folders = (Path.cwd(), Path(tempfile.gettempdir()))
+    for path in [folder / name for folder in folders] + [folder / plain for folder in (picture.path.parent, *folders)]:
         with suppress(OSError):
-            return save(folder / name, overwrite=False)
+            return save(path, overwrite=False)
     raise InputError(describe_os_error(error)) from error
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 
 from .paths import destination
+
+_REFUSED_BY_WINDOWS = frozenset('<>:"|?*')
+_WINDOWS_PORTS = frozenset(port + number for port in ("COM", "LPT") for number in "123456789¹²³")
+_WINDOWS_DEVICES = _WINDOWS_PORTS | {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
 
 
 @contextmanager
@@ -54,13 +59,38 @@ def whole_file(
 
 
 def require_replaceable(path: Path) -> None:
-    """Raise OSError where there is something other than a file at `path`: a folder, a device, a pipe."""
+    """Raise OSError where the system takes no such name, or there is something other than a file at `path`: a folder, a
+    device, a pipe."""
+    require_name(path)
     if destination(path).is_symlink():
         raise FileExistsError(errno.EEXIST, "is a link that leads round in circles", str(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; name a file in it", str(path))
     if path.exists() and not path.is_file():
         raise FileExistsError(errno.EEXIST, "is no regular file; name another", str(path))
+
+
+def require_name(path: Path) -> None:
+    """Raise OSError for a name the system refuses, as far as that can be told without making a file."""
+    reason = refused_by_windows(str(path)) if sys.platform == "win32" else None
+    if reason is not None:
+        raise OSError(errno.EINVAL, f"is a name that is refused here: {reason}; give another", str(path))
+    # Not what pathlib asks: on Windows, and from Python 3.14 on, that takes a refused name for a free one.
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(path)
+
+
+def refused_by_windows(path: str) -> str | None:
+    """What Windows has against the last part of `path`; None for nothing. Some of it would open a device, or make a
+    file of another name, without an error."""
+    name = PureWindowsPath(path).name
+    refused = sorted(c for c in set(name) if c in _REFUSED_BY_WINDOWS or ord(c) < 32)
+    if refused:
+        return f"it holds {' '.join(refused)}"
+    if name.endswith((".", " ")) and name != "..":
+        return "it ends in a dot or a space"
+    device = name.partition(".")[0].rstrip(" ")
+    return f"{device} is a device" if device.upper() in _WINDOWS_DEVICES else None
 
 
 def _move_to_free_name(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line around a pipeline that only draws noise: what is refused, printed, written, returned."""
 
 import argparse
+import errno
 import hashlib
 import inspect
 import io
@@ -31,7 +32,7 @@ from l2p_lowvram.model import L2PTransformer
 from l2p_lowvram.profiles import ANY_CPU
 from l2p_lowvram.report import PhaseFigures
 from l2p_lowvram.streaming import MemoryOptions
-from l2p_lowvram.whole_file import whole_file
+from l2p_lowvram.whole_file import refused_by_windows, whole_file
 from offload import BudgetError, CheckpointError
 
 BLOCKS = 4
@@ -1081,6 +1082,83 @@ def test_names_that_no_system_takes_are_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("option", ["--output", "--report", "--preview"])
+def test_a_name_that_only_the_system_refuses_is_noticed_before_drawing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    lstat = os.lstat
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if Path(path).name == "odd.png":
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+        return lstat(path, **options)
+
+    # What pathlib makes of it on Windows, and from Python 3.14 on: a name that is free.
+    for question in ("exists", "is_dir", "is_file", "is_symlink"):
+        asked = getattr(Path, question)
+        free = lambda self, asked=asked, **options: self.name != "odd.png" and asked(self, **options)  # noqa: E731
+        monkeypatch.setattr(Path, question, free)
+    monkeypatch.setattr(os, "lstat", refuse)
+
+    assert refused(capsys, option, "odd.png") == "odd.png: invalid argument"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fox?.png", "it holds ?"),
+        ("fox: a <tale>.png", "it holds : < >"),
+        ("fox\t.png", "it holds \\t"),
+        ("con.png", "con is a device"),
+        ("COM1.old.png", "com1 is a device"),
+        ("lpt² .png", "lpt² is a device"),
+        ("none/NUL.png", "nul is a device"),
+    ],
+)
+def test_names_that_windows_refuses_are_refused_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+
+    told = refused(capsys, "-o", name)
+
+    assert told == f"{user_input.printable(name)}: is a name that is refused here: {reason}; give another"
+
+
+@pytest.mark.parametrize("name", ["r.json.", "r.json ", "NUL", "aux.json"])
+def test_a_report_that_windows_would_put_elsewhere_is_refused_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+
+    assert "is a name that is refused here" in refused(capsys, "--report", name)
+
+
+@pytest.mark.parametrize("path", ["C:fox.png", r"C:\a b\fox.png", "COM10.png", "control.png", ".png", "..", r"\\s\d\x"])
+def test_names_that_windows_takes_are_not_refused(path: str) -> None:
+    assert refused_by_windows(path) is None
+
+
+def test_a_picture_whose_name_is_refused_when_it_is_saved_gets_a_plain_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = images.save_image
+    Path("pictures").mkdir()
+
+    def refuse(image: Image.Image, path: Path, **options: Any) -> None:
+        if path.name.startswith("odd"):
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+        save(image, path, **options)
+
+    monkeypatch.setattr(images, "save_image", refuse)
+
+    code, out, err = run(capsys, "-o", "pictures/odd.png", "--seed", "7")
+
+    assert (code, out) == (2, f"{Path('pictures/l2p-7.png')}\n")
+    assert "warning: pictures/odd.png: invalid argument; the picture is in pictures/l2p-7.png" in err
+    assert images.read_image(Path("pictures/l2p-7.png")).size == (48, 32)
 
 
 @pytest.mark.parametrize(
