@@ -298,7 +298,7 @@ def _draw(
 
     order = run.order
     started = time.perf_counter()
-    with refusals():
+    with refusals(), _files_told():
         output = run.pipe(
             width=settings.width,
             height=settings.height,
@@ -317,6 +317,17 @@ def _draw(
     run.add_seconds("denoise", output.seconds.get("denoise", time.perf_counter() - started))
     result: Image = output.images[0]
     return result
+
+
+@contextmanager
+def _files_told() -> Iterator[None]:
+    """Around the drawing: weights that cannot be read are reported in one line. Raises InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise InputError(describe_os_error(error)) from error
 
 
 def _save(run: Run, settings: metadata.RunSettings, picture: Picture, image: Image) -> Picture:

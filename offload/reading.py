@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -144,8 +144,10 @@ class DirectFile:
 
     def __init__(self, path: Path, piece_bytes: int = PIECE_BYTES) -> None:
         if not hasattr(os, "O_DIRECT"):
-            raise OSError(errno.EINVAL, "this system has no direct reads; use read", str(path))
-        self._file = PositionalFile(path, os.O_DIRECT)
+            raise OSError(errno.EINVAL, "this system has no direct reads; use --io read", str(path))
+        self._path = path
+        with self._refusal_told():
+            self._file = PositionalFile(path, os.O_DIRECT)
         self._window_bytes = (piece_bytes // DIRECT_ALIGNMENT + 2) * DIRECT_ALIGNMENT
         self._local = threading.local()
 
@@ -157,14 +159,26 @@ class DirectFile:
             skip = position % DIRECT_ALIGNMENT
             wanted = min(target.nbytes - done, window.nbytes - skip)
             pages = -(-(skip + wanted) // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
-            # One call: going on after a short one would ask for an offset that is not aligned.
-            got = min(self._file.read_some(position - skip, window[:pages]) - skip, wanted)
+            with self._refusal_told():
+                # One call: going on after a short one would ask for an offset that is not aligned.
+                got = min(self._file.read_some(position - skip, window[:pages]) - skip, wanted)
             if got <= 0:
                 break
             # numpy lets other threads run while it copies; a memoryview would not.
             np.copyto(target[done : done + got], window[skip : skip + got])
             done += got
         return done
+
+    @contextmanager
+    def _refusal_told(self) -> Iterator[None]:
+        """EINVAL, when opened or only when read, is how a file system says that it has no direct reads."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            told = "no direct reads on this file system; use --io read"
+            raise OSError(errno.EINVAL, told, str(self._path)) from error
 
     def _window(self) -> _Bytes:
         if not hasattr(self._local, "window"):

@@ -666,6 +666,24 @@ def raise_from(module: str) -> None:
     exec("raise ValueError('from in there')", {"__name__": module})
 
 
+def test_weights_that_cannot_be_read_while_drawing_are_one_line(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    told = "no direct reads on this file system; use --io read"
+    pipeline.draw_error = OSError(errno.EINVAL, told, "model.safetensors")
+
+    assert refused(capsys, "--io", "direct") == f"model.safetensors: {told}"
+
+
+def test_an_error_of_the_system_about_no_file_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str], pipeline: type[FakePipeline]
+) -> None:
+    pipeline.draw_error = OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(OSError, match="Too many open files"):
+        run(capsys)
+
+
 @pytest.mark.parametrize("module", ["l2p_lowvram.text", "offload.header", "tiling.spans"])
 def test_our_own_value_errors_about_input_are_input(module: str) -> None:
     with pytest.raises(user_input.InputError, match="from in there"), user_input.user_input():

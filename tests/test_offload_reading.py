@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -355,6 +356,33 @@ def test_the_probe_says_why_a_way_is_not_available(path: Path, monkeypatch: pyte
 
     assert "direct" not in probe.rates
     assert "direct not available: this system has no direct reads" in probe.reason
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="there are no direct reads here")
+@pytest.mark.parametrize("refusing", ["open", "preadv"])
+def test_a_file_system_without_direct_reads_is_told_with_the_way_out(
+    path: Path, monkeypatch: pytest.MonkeyPatch, refusing: str
+) -> None:
+    plain = os.open
+
+    def refuse(*arguments: Any, **options: Any) -> int:
+        if refusing == "open" and not arguments[1] & os.O_DIRECT:
+            return plain(*arguments, **options)
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    if refusing == "preadv" and not supported(path, "direct"):
+        pytest.skip("this file system refuses when the file is opened")
+    monkeypatch.setattr(os, refusing, refuse)
+
+    with (
+        Checkpoint.open(path) as checkpoint,
+        pytest.raises(OSError, match="no direct reads on this file system; use --io read") as caught,
+        Reader(checkpoint, io="direct") as reader,
+    ):
+        read(reader, [Extent(path, 0, 200, 0)], 200)
+
+    assert caught.value.errno == errno.EINVAL
+    assert caught.value.filename == str(path)
 
 
 @pytest.mark.parametrize(
