@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # 4 and below are the command line's own.
 EXIT_MISPLACED, EXIT_BUDGET = 2, 5
+# Steps in a row whose preview could not replace the last one, before it is given up.
+MOST_PREVIEWS_SKIPPED = 5
 DEMO_NOTICE = (
     "no --model given: drawing coloured shapes with the embedded demo model; "
     "for real pictures give --model (or L2P_MODEL) an L2P safetensors file, see the README"
@@ -54,6 +56,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     written: list[Picture] = field(default_factory=list)
+    previews_skipped: int = 0  # since the last that was written
     misplaced: bool = False  # a picture that is not where it was asked for
 
     def warn(self, message: str) -> None:
@@ -383,7 +386,13 @@ def _save_preview(run: Run, picture: Picture, step: int, denoised: Tensor) -> No
         if run.preview.is_folder:
             run.preview.path.mkdir(exist_ok=True)
         images.save_image(images.to_pil(denoised[:1])[0], path, overwrite=True)
+        run.previews_skipped = 0
     except OSError as error:  # the picture itself matters more
+        run.previews_skipped += 1
+        # On Windows a viewer that reads the former one keeps it from being replaced, as a rule for an instant.
+        is_held = isinstance(error, PermissionError) and path.exists()
+        if is_held and run.previews_skipped < MOST_PREVIEWS_SKIPPED:
+            return
         run.preview = None
         run.warn(f"preview stopped, {describe_os_error(error)}")
 

@@ -1240,6 +1240,57 @@ def test_a_preview_that_cannot_be_saved_costs_a_warning_not_the_picture(
     assert err.count("warning: preview stopped, steps/1_step_001.png: no space left on device") == 1
 
 
+def hold_preview(monkeypatch: pytest.MonkeyPatch, held: set[int]) -> list[int]:
+    """now.png cannot be replaced in these steps, as on Windows while a viewer has it open. Returns steps that tried."""
+    replace_file, tried = Path.replace, []
+
+    def replace_unless_held(self: Path, target: Path) -> Path:
+        if target.name == "now.png":
+            tried.append(len(tried) + 1)
+            if tried[-1] in held:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self), None, str(target))
+        return replace_file(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_unless_held)
+    return tried
+
+
+def test_a_preview_that_a_viewer_has_open_for_an_instant_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = hold_preview(monkeypatch, held={2, 3, 4, 5, 7, 8, 9, 10})
+
+    code, out, err = run(capsys, "--preview", "now.png", "--seed", "1", "--steps", "11")
+
+    assert (code, out) == (0, "l2p_1.png\n")
+    assert len(tried) == 11
+    assert "warning" not in err
+    assert sorted(path.name for path in Path().iterdir()) == ["l2p_1.png", "now.png"]
+
+
+def test_a_preview_that_stays_open_is_given_up_with_one_warning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = hold_preview(monkeypatch, held=set(range(2, 99)))
+
+    code, out, err = run(capsys, "--preview", "now.png", "--seed", "1", "--steps", "11")
+
+    assert (code, out) == (0, "l2p_1.png\n")
+    assert len(tried) == 6
+    assert err.count("warning: preview stopped, now.png: permission denied") == 1
+
+
+def test_a_preview_that_was_never_written_is_given_up_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = hold_preview(monkeypatch, held={1})
+
+    _, _, err = run(capsys, "--preview", "now.png", "--overwrite")
+
+    assert len(tried) == 1
+    assert "warning: preview stopped, now.png: permission denied" in err
+
+
 @pytest.mark.parametrize("name", ["steps.bmp", "steps.gif"])
 def test_a_preview_in_a_format_that_is_not_written_is_refused(capsys: pytest.CaptureFixture[str], name: str) -> None:
     code, out, err = run(capsys, "--preview", name)
