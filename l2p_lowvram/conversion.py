@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -426,6 +427,7 @@ class Rewriting:
         if os.path.lexists(path) and not overwrite:
             raise ValueError(f"{path}: already exists; name another file or give --overwrite")
         require_replaceable(path)
+        _require_not_open(destination(path))
         free = shutil.disk_usage(destination(path).parent).free
         if free < self.nbytes:
             has = f"{format_bytes(free)} free"
@@ -519,6 +521,16 @@ class Rewriting:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _require_not_open(path: Path) -> None:
+    """Raise ValueError for a file that Windows will not let us replace: one that another program has open."""
+    if sys.platform == "win32" and path.exists():
+        try:
+            os.rename(path, path)  # noqa: PTH104 # refused as a replacement would be, and changes nothing
+        except OSError as error:
+            reason = f"cannot be replaced ({error.strerror}); close it where it is open, or name another file"
+            raise ValueError(f"{path}: {reason}") from error
 
 
 def read_any_layout(

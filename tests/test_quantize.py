@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -575,6 +576,43 @@ def test_existing_files_and_missing_folders_are_refused(tmp_path: Path, capsys: 
     assert run("quantize", source, tmp_path / "q.ckpt") == 2
     assert "must end in .safetensors" in capsys.readouterr().err
     assert (tmp_path / "q.safetensors").read_bytes() == b"mine"
+
+
+def test_a_file_that_another_program_has_open_is_noticed_before_the_work_on_windows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = original(tmp_path), tmp_path / "q.safetensors"
+    target.write_bytes(b"mine")
+    rename = os.rename
+
+    def refuse(old: Any, new: Any, **options: Any) -> None:
+        if Path(new) == target:
+            raise PermissionError(13, "The process cannot access the file", str(old), 32, str(new))
+        rename(old, new, **options)
+
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr(conversion, "write_safetensors", work)
+
+    assert run("quantize", source, target, "--overwrite") == 2
+
+    message = capsys.readouterr().err
+    told = "cannot be replaced (The process cannot access the file); close it where it is open, or name another file"
+    assert f"{target}: {told}" in message
+    assert message.count("\n") == 1
+    assert target.read_bytes() == b"mine"
+
+
+def test_a_file_that_nobody_has_open_is_replaced_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = original(tmp_path), tmp_path / "q.safetensors"
+    target.write_bytes(b"mine")
+    monkeypatch.setattr(sys, "platform", "win32")
+
+    assert run("quantize", source, target, "--overwrite", "-q") == 0
+    assert target.read_bytes() != b"mine"
 
 
 def test_a_full_disk_is_noticed_before(
