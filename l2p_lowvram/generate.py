@@ -437,8 +437,11 @@ def _held_bytes(run: Run, watch: MemoryWatch) -> int:
     """What counts towards the budget: on the CPU anonymous memory and mapped weights, at most; elsewhere torch's peak
     and the context's allowance, which torch does not see."""
     on_device = peak_device_bytes(run.pipe.device)
-    mapped = max((figures.mapped_bytes for figures in run.pipe.phases), default=0)
-    return watch.peak_anonymous + mapped if on_device is None else on_device + CONTEXT_BYTES
+    if on_device is not None:
+        return on_device + CONTEXT_BYTES
+    if not watch.kinds_told:  # mapped weights are among what counts as anonymous
+        return watch.peak_anonymous
+    return watch.peak_anonymous + max((figures.mapped_bytes for figures in run.pipe.phases), default=0)
 
 
 def summary_line(report: dict[str, Any], steps: int) -> str:

@@ -105,13 +105,15 @@ class ProcessMemory:
     """Resident bytes of this process by kind, and the most that their sum has been.
 
     anonymous: heap and private maps, pinned ones included. file_backed: mapped files, code included.
-    shared: shared anonymous memory. Where the system tells no kinds apart, all of it counts as anonymous.
+    shared: shared anonymous memory. Where the system tells no kinds apart, all of it counts as anonymous, mapped files
+    too, and `kinds_told` is False.
     """
 
     anonymous: int
     file_backed: int
     shared: int
     peak: int
+    kinds_told: bool = True
 
     @property
     def resident(self) -> int:
@@ -122,10 +124,10 @@ def process_memory(status: Path = _STATUS) -> ProcessMemory:
     """What this process holds now. status: the kernel's account of it, another file only in tests."""
     fields = dict(_kibibytes(status))
     if {"RssAnon", "RssFile", "RssShmem", "VmHWM"} <= fields.keys():
-        kinds = (fields[name] for name in ("RssAnon", "RssFile", "RssShmem", "VmHWM"))
-        return ProcessMemory(*kinds)
+        anonymous, file_backed, shared, peak = (fields[name] for name in ("RssAnon", "RssFile", "RssShmem", "VmHWM"))
+        return ProcessMemory(anonymous, file_backed, shared, peak)
     info = psutil.Process().memory_info()
-    return ProcessMemory(info.rss, 0, 0, max(info.rss, _peak_by_system(info)))
+    return ProcessMemory(info.rss, 0, 0, max(info.rss, _peak_by_system(info)), kinds_told=False)
 
 
 def _peak_by_system(info: Any) -> int:
@@ -153,12 +155,13 @@ class MemoryWatch:
 
     Samples every `interval` seconds on a thread of its own, and once at either end, so the peaks are lower
     bounds: what comes and goes between two samples is not seen. The peaks, in bytes, can be read at any
-    time; the two need not have been reached at once.
+    time; the two need not have been reached at once. kinds_told: as `ProcessMemory` has it.
     """
 
     def __init__(self, interval: float = 0.02, *, sample: Callable[[], ProcessMemory] = process_memory) -> None:
         self.peak_anonymous = 0
         self.peak_file_backed = 0
+        self.kinds_told = True
         self.samples = 0
         self._interval = interval
         self._sample = sample
@@ -186,6 +189,7 @@ class MemoryWatch:
         now = self._sample()
         self.peak_anonymous = max(self.peak_anonymous, now.anonymous)
         self.peak_file_backed = max(self.peak_file_backed, now.file_backed)
+        self.kinds_told = now.kinds_told
         self.samples += 1
 
 

@@ -33,7 +33,7 @@ from l2p_lowvram.profiles import ANY_CPU
 from l2p_lowvram.report import PhaseFigures
 from l2p_lowvram.streaming import MemoryOptions
 from l2p_lowvram.whole_file import refused_by_windows, whole_file
-from offload import BudgetError, CheckpointError
+from offload import BudgetError, CheckpointError, MemoryWatch, process_memory
 
 BLOCKS = 4
 CONFIG = ModelConfig(
@@ -1603,6 +1603,34 @@ def test_mapped_weights_count_towards_the_budget(
     monkeypatch.setattr(pipeline, "from_pretrained", load_mapped)
 
     assert run(capsys, "--seed", "1", "--strict-budget", *ram)[0] == 5
+
+
+@pytest.mark.parametrize("kinds_told", [True, False])
+def test_mapped_weights_are_counted_once_whatever_the_system_tells(
+    capsys: pytest.CaptureFixture[str],
+    pipeline: type[FakePipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kinds_told: bool,
+) -> None:
+    load = pipeline.from_pretrained
+    status = tmp_path / "status"
+    if kinds_told:
+        status.write_text("RssAnon: 100 kB\nRssFile: 50 kB\nRssShmem: 0 kB\nVmHWM: 150 kB\n")
+
+    def load_mapped(model: str, **given: Any) -> FakePipeline:
+        loaded = load(model, **given)
+        loaded.phases = [figures(mapped_bytes=40 << 10)]
+        return loaded
+
+    monkeypatch.setattr(pipeline, "from_pretrained", load_mapped)
+    monkeypatch.setattr(generate_module, "MemoryWatch", lambda: MemoryWatch(sample=lambda: process_memory(status)))
+
+    _, out, _ = run(capsys, "--seed", "1", "--json")
+
+    memory = json.loads(out)["memory"]
+    mapped = 40 << 10 if kinds_told else 0
+    assert memory["held_bytes"] == memory["peak_anonymous_bytes"] + mapped
 
 
 def figures(*, mapped_bytes: int = 0, planned_bytes: int = 0) -> PhaseFigures:
