@@ -104,6 +104,8 @@ def compute(job: Job) -> dict[str, Any]:
         def open_and_load(work: Any) -> Any:
             nonlocal loaded, cpu
             tiling = opened(work)
+            if loaded:
+                return tiling
             (stream,) = pipeline.streamer.streams
             moving = [
                 n for n, tier in stream.plan.tiers.items() if tier.value != "device" and n not in stream.demand.once

@@ -44,6 +44,9 @@ class TransformerWeights(Protocol):
     def reserve(self, work: PictureWork, tiling: Tiling) -> None:
         """Get the memory of the steps ready; after `open`, with everything made that lives longer than a step."""
 
+    def resume(self, work: PictureWork, tiling: Tiling) -> None:
+        """Between two steps: `open` and `reserve` anew where somebody took the memory meanwhile. Raises BudgetError."""
+
     def visit(self, name: str) -> AbstractContextManager[None]: ...
 
     def close(self) -> None:
@@ -63,6 +66,8 @@ class ResidentWeights:
         return f"slices of {self.open(work).told()}; all weights in place"
 
     def reserve(self, work: PictureWork, tiling: Tiling) -> None: ...
+
+    def resume(self, work: PictureWork, tiling: Tiling) -> None: ...
 
     def visit(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -103,6 +108,12 @@ class StreamedWeights:
 
     def reserve(self, work: PictureWork, tiling: Tiling) -> None:
         self._streamer.reserve(device_segments(self._config, work, tiling))
+
+    def resume(self, work: PictureWork, tiling: Tiling) -> None:
+        stream = self._stream
+        self.open(work)
+        if self._stream is not stream:
+            self.reserve(work, tiling)
 
     def choose(self, work: PictureWork) -> tuple[Tiling, PhaseDemand]:
         """The largest slices whose activations leave room for the weights' ring. Raises BudgetError."""

@@ -510,8 +510,7 @@ class L2PPipeline:
                 if not pixels.isfinite().all():
                     raise NonFiniteError("callback", step, steps)
                 # It may have encoded a prompt, drawn another picture or closed: whatever took the memory is done.
-                self.weights.open(job.work)
-                self.weights.reserve(job.work, tiling)
+                self.weights.resume(job.work, tiling)
             if self._interrupted and estimate is not None:
                 return estimate, True
             del estimate
