@@ -593,7 +593,7 @@ class L2PPipeline:
                     states = [block.visit(state, slices=slices) for state in states]
             report(done, len(blocks))
         model.scratch.release()  # the decoder converts nothing through it, and needs the room
-        with visit(LOCAL_DECODER):
+        with visit(LOCAL_DECODER), self.streamer.sparing():
             return [
                 self._decode(pictures[picture], state, tiling, (step, len(job.sigmas) - 1))
                 for (picture, _), state in zip(branches, states or _part_branches(branches, common, rooms), strict=True)

@@ -65,6 +65,9 @@ _HOST_STEP = 64 << 20
 # Phases whose figures are kept once they are closed; a long-lived pipeline opens one for every prompt.
 _KEPT_CLOSED = 64
 _STAGING_BYTES = 64 << 20
+# With a budget on a CPU, what is freed goes back to the system from this size on: as glibc has it at most, so that a
+# block's activations, the same for every block, are not new memory each time; and around the local decoder.
+_RETURNED_BYTES, _SPARING_BYTES = 32 << 20, 4 << 20
 # With less every copy is so short that its overhead counts.
 _LEAST_STAGING_BYTES = 4 << 20
 # Of all blocks, what visits of the mapped file may copy before slots are the better place. The thread that computes
@@ -247,7 +250,7 @@ class Streamer:
                 "--vram is for graphics cards; on the CPU device memory is RAM, give --ram instead (vram= and ram=)"
             )
         if self._is_bounded:
-            return_freed_memory()
+            return_freed_memory(_RETURNED_BYTES)
 
     def open(self, model: nn.Module, checkpoint: Checkpoint, demand: PhaseDemand) -> WeightStream:
         """Plan the phase, take its memory, start reading. Raises BudgetError, CheckpointError, OSError."""
@@ -507,6 +510,20 @@ class Streamer:
         for stream in self.streams:
             stream.close()
         self._trim()
+
+    @contextmanager
+    def sparing(self) -> Iterator[None]:
+        """Around what takes the most memory: with a budget, the heap begins it empty, and all that is freed in it goes
+        back at once. It costs page faults."""
+        if not self._is_bounded:
+            yield
+            return
+        trim_heap()
+        return_freed_memory(_SPARING_BYTES)
+        try:
+            yield
+        finally:
+            return_freed_memory(_RETURNED_BYTES)
 
     def _trim(self) -> None:
         """Let go of what a phase has freed, where memory counts."""

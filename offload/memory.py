@@ -20,9 +20,9 @@ import psutil
 import torch
 
 _STATUS = Path("/proc/self/status")
-# glibc's names in malloc.h, and from what size on memory goes back to the system.
+# glibc's names in malloc.h, and how much that is free may lie at the end of its heap.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_TRIM_BYTES, _MMAP_BYTES = 32 << 20, 4 << 20
+_TRIM_BYTES = 32 << 20
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
@@ -212,16 +212,15 @@ def available_device_bytes(device: torch.device | str) -> int | None:
     return None
 
 
-def return_freed_memory() -> None:
-    """Let glibc give back to the system what is freed: blocks of 4 MiB and more at once, smaller ones where 32 MiB of
-    them lie at the end of its heap.
+def return_freed_memory(least: int) -> None:
+    """Let glibc give blocks of at least so many bytes back to the system as soon as they are freed.
 
     By itself it keeps blocks of up to 32 MiB once it has seen them freed, and a process then holds a quarter more than
-    its tensors take. Page faults cost time in exchange. For the whole process, and for good; nothing elsewhere.
+    its tensors take. Page faults cost time in exchange. For the whole process; nothing elsewhere.
     """
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, least)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
 
 

@@ -198,14 +198,15 @@ def test_with_a_budget_freed_activations_go_back_to_the_system(ram: int | None) 
 import torch
 from l2p_lowvram.streaming import MemoryOptions, Streamer
 from offload import process_memory
-Streamer(torch.device("cpu"), MemoryOptions(ram={ram}))
+streamer = Streamer(torch.device("cpu"), MemoryOptions(ram={ram}))
 torch.ones(30 << 20, dtype=torch.uint8)  # freed: from here on glibc keeps blocks of that size
 before, kept = process_memory().anonymous, []
-for _ in range(20):
-    freed = torch.ones(8 << 20, dtype=torch.uint8)
-    kept.append(torch.ones(64 << 10, dtype=torch.uint8))
-    kept.append(freed)
-del freed, kept[1::2]
+with streamer.sparing():
+    for _ in range(20):
+        freed = torch.ones(8 << 20, dtype=torch.uint8)
+        kept.append(freed)
+        kept.append(torch.ones(64 << 10, dtype=torch.uint8))
+    del freed, kept[::2]
 print(process_memory().anonymous - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
