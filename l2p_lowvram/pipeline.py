@@ -404,7 +404,8 @@ class L2PPipeline:
             reached, tensors["latents"] and tensors["denoised"] (the current estimate of the clean
             picture), both (B, 3, H, W). It may replace tensors["latents"], or return a dict that does.
 
-        Raises ValueError for bad arguments, NonFiniteError when the sample overflows.
+        Raises ValueError for bad arguments, BudgetError before anything is drawn where the memory does not suffice,
+        NonFiniteError when the sample overflows, RuntimeError in a forked child.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
