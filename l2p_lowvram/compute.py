@@ -7,6 +7,7 @@ where it is known to be, unless it was seen to take a quarter longer or more.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 from .choices import AUTO, COMPUTE_CHOICES, DEQUANT, INT8
 from .int8_matmul import Int8Matmul, by_int_mm, in_fp32
 from .linear import Linear
+from .onednn import by_qlinear, has_views
 from .profiles import run_seconds
 
 # By which INT8 must win before `auto` takes it: it costs accuracy, and what a disturbed measurement could turn
@@ -32,6 +34,8 @@ _LEAST_COLUMNS = 512
 _MEASURED_TOKENS = {"cpu": 512}
 _MEASURED_OUTPUTS = {"cpu": 2048}
 _CHECKED_ROWS = 64
+# Environment variables that limit what oneDNN uses, in the order in which it reads them.
+_ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _ROUNDS = 2
 
 
@@ -94,8 +98,8 @@ def _dequant_reason(asked: str, device: torch.device, dtype: torch.dtype, size: 
         return "as asked for" if asked == DEQUANT else None
     if size.columns < _LEAST_COLUMNS:
         return f"layers of {size.columns} columns gain nothing in INT8"
-    if device.type == "cpu" and dtype == torch.bfloat16 and has_amx():
-        # A measured ratio lies on either side of the margin from one run to the next.
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_amx() and not has_views():
+        # A measured ratio of the kernel left lies on either side of the margin from one run to the next.
         return "this CPU's matrix units are nearly as fast in bf16"
     return None if fast_kernels(device) else f"no INT8 kernel for {_named(device)}"
 
@@ -111,9 +115,12 @@ def without_int8(asked: str) -> tuple[Compute, tuple[str, ...]]:
 
 def fast_kernels(device: torch.device) -> Mapping[str, Int8Matmul]:
     """Kernels that may be faster than dequantised weights on a device, by name; none where there are none."""
-    if device.type == "cuda" or (device.type == "cpu" and has_vnni()):
-        return {"torch._int_mm": by_int_mm}
-    return {}
+    if device.type != "cuda" and not (device.type == "cpu" and has_vnni()):
+        return {}
+    kernels: dict[str, Int8Matmul] = {"torch._int_mm": by_int_mm}
+    if device.type == "cpu" and has_amx() and has_views():
+        kernels["oneDNN's qlinear"] = by_qlinear
+    return kernels
 
 
 def has_vnni() -> bool:
@@ -122,8 +129,9 @@ def has_vnni() -> bool:
 
 
 def has_amx() -> bool:
-    """Whether this CPU has matrix units."""
-    return _cpu_has("_is_amx_tile_supported")
+    """Whether this CPU has matrix units, and oneDNN may use them: it can be held to what older CPUs have."""
+    allowed = next((os.environ[name] for name in _ISA_LIMITS if name in os.environ), "DEFAULT").upper()
+    return _cpu_has("_is_amx_tile_supported") and ("AMX" in allowed or allowed in ("DEFAULT", "ALL"))
 
 
 def _cpu_has(check: str) -> bool:

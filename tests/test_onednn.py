@@ -1,0 +1,202 @@
+"""INT8 products by oneDNN's kernel for quantised models: views of weights, exact sums, and where it is not offered."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from l2p_lowvram import compute, onednn
+from l2p_lowvram.compute import check_kernel, fast_kernels, has_amx, has_vnni
+from l2p_lowvram.int8_matmul import by_int_mm, in_fp32
+from l2p_lowvram.onednn import by_qlinear, has_views
+
+CPU = torch.device("cpu")
+needs_views = pytest.mark.skipif(not has_views(), reason="torch has no views as MKLDNN tensors here")
+needs_amx = pytest.mark.skipif(not (has_views() and has_amx()), reason="needs a CPU with AMX")
+
+
+def int8(rows: int, columns: int, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
+
+
+def view(weight: Tensor) -> Tensor:
+    views = onednn._views()
+    assert views is not None
+    return views.transposed(weight)
+
+
+@pytest.fixture
+def _learnt_anew():
+    onednn._views.cache_clear()
+    yield
+    onednn._views.cache_clear()
+
+
+@needs_views
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 7), (8, 1), (48, 128), (96, 40)])
+def test_a_view_shows_the_weight_turned(rows: int, columns: int):
+    weight = int8(rows, columns)
+
+    assert torch.equal(view(weight).to_dense(), weight.T)
+
+
+@needs_views
+def test_a_view_is_no_copy():
+    weight = int8(48, 128)
+    seen = view(weight)
+
+    weight[5, 7] = 99
+
+    assert torch.ops.mkldnn.data_ptr(seen) == weight.data_ptr()
+    assert seen.to_dense()[7, 5] == 99
+
+
+@needs_views
+def test_a_view_is_freed_with_its_last_reference():
+    assert view(int8(4, 4))._use_count() == 1
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("rows", "columns", "outputs"), [(1, 64, 16), (17, 3840, 96), (33, 1000, 40), (7, 37, 11), (130, 512, 64)]
+)
+def test_sums_are_exact(rows: int, columns: int, outputs: int):
+    q, weight = int8(rows, columns, 1), int8(outputs, columns)
+
+    assert torch.equal(by_qlinear(q, weight), (q.long() @ weight.T.long()).float())
+    assert check_kernel(by_qlinear, weight) is None
+
+
+@needs_amx
+def test_sums_are_exact_where_all_products_are_the_largest():
+    q, weight = torch.full((20, 3000), -127, dtype=torch.int8), torch.full((16, 3000), 127, dtype=torch.int8)
+
+    assert torch.equal(by_qlinear(q, weight), torch.full((20, 16), -127.0 * 127 * 3000))
+
+
+@needs_amx
+def test_rows_of_a_weight_are_multiplied_where_they_lie():
+    q, weight = int8(40, 64, 1), int8(96, 64)
+
+    assert torch.equal(by_qlinear(q, weight[32:64]), in_fp32(q, weight)[:, 32:64].float())
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of weights that go through `torch._int_mm`."""
+    called = []
+
+    def count(q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        called.append(w.shape)
+        return by_int_mm(q, w, out)
+
+    monkeypatch.setattr(onednn, "by_int_mm", count)
+    return called
+
+
+@pytest.mark.skipif(not has_vnni(), reason="needs a CPU with VNNI")
+@pytest.mark.parametrize("reason", ["no views", "columns left out"])
+def test_without_a_view_torchs_other_kernel_multiplies(reason: str, monkeypatch: pytest.MonkeyPatch):
+    called = counted(monkeypatch)
+    weight = int8(48, 128)[:, :64]
+    if reason == "no views":
+        weight = weight.contiguous()
+        monkeypatch.setattr(onednn, "_views", lambda: None)
+    q = int8(20, 64, 1)
+
+    assert torch.equal(by_qlinear(q, weight).float(), in_fp32(q, weight).float())
+    assert called == [weight.shape]
+
+
+def little(*values: int) -> bytes:
+    return b"".join(value.to_bytes(8, sys.byteorder) for value in values)
+
+
+def as_known(rows: int, columns: int) -> bytes:
+    return little(2, rows, columns, 0, rows, columns, 0, columns, 1)
+
+
+def test_a_descriptor_is_learnt_and_turned(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(onednn, "_serialised", as_known)
+
+    assert onednn._learn().of_transposed(6, 10) == little(2, 10, 6, 0, 10, 6, 0, 1, 10)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda rows, columns: b"",
+        lambda rows, columns: little(rows, columns),  # neither padded sizes nor strides
+        lambda rows, columns: little(rows, columns, rows, columns, 1, columns),  # strides in another order
+        lambda rows, columns: little(columns, rows, columns, rows, columns, 1),  # sizes in another order
+        lambda rows, columns: as_known(rows, columns) + little(rows),  # one more number of rows
+        lambda rows, columns: little(0) * (rows == 1009) + as_known(rows, columns),  # places that move
+    ],
+)
+@pytest.mark.usefixtures("_learnt_anew")
+def test_an_unknown_descriptor_is_not_used(made, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(onednn, "_serialised", made)
+
+    with pytest.raises(ValueError, match="descriptor"):
+        onednn._learn()
+    assert not has_views()
+
+
+@needs_views
+@pytest.mark.usefixtures("_learnt_anew")
+def test_a_view_that_shows_another_weight_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    class Untrue(onednn._Views):
+        def transposed(self, weight: Tensor) -> Tensor:
+            return super().transposed(weight.flip(0).contiguous())
+
+    monkeypatch.setattr(onednn, "_Views", Untrue)
+
+    assert not has_views()
+
+
+@pytest.mark.usefixtures("_learnt_anew")
+def test_a_torch_without_the_call_has_no_views(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(torch._C, "_aoti", raising=False)
+
+    assert not has_views()
+
+
+@pytest.mark.parametrize(
+    ("amx", "views", "names"),
+    [
+        (True, True, ["torch._int_mm", "oneDNN's qlinear"]),
+        *((amx, views, ["torch._int_mm"]) for amx, views in ((True, False), (False, True))),
+    ],
+)
+def test_the_kernel_is_offered_on_matrix_units_alone(
+    amx: bool, views: bool, names: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Elsewhere the same call takes minutes."""
+    monkeypatch.setattr(compute, "has_vnni", lambda: True)
+    monkeypatch.setattr(compute, "has_amx", lambda: amx)
+    monkeypatch.setattr(compute, "has_views", lambda: views)
+
+    assert list(fast_kernels(CPU)) == names
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [
+        *((limit, True) for limit in (None, "DEFAULT", "all", "AVX512_CORE_AMX", "avx10_1_512_amx_fp16")),
+        *((limit, False) for limit in ("AVX512_CORE_BF16", "avx2")),
+    ],
+)
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_matrix_units_that_onednn_may_not_use_do_not_count(
+    name: str, limit: str | None, used: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compute, "_cpu_has", lambda check: True)
+    for other in compute._ISA_LIMITS:
+        monkeypatch.delenv(other, raising=False)
+    if limit is not None:
+        monkeypatch.setenv(name, limit)
+
+    assert has_amx() is used
