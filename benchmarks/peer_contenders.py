@@ -130,7 +130,7 @@ class Contender:
 def ours(job: Job, checkpoint: Checkpoint, layout: ModelLayout, stack: ExitStack) -> Contender:
     check_scales(checkpoint, layout.sources.values())
     walk = walk_of(layout)
-    work = PictureWork(*job.size, 1, False, CAPTION, torch.float32)
+    work = PictureWork(*job.size, 1, False, CAPTION, torch.float32, on_cpu=job.device == "cpu")
     ram, weights, streamer = job.ram or 1, None, None
     while weights is None:
         streamer = Streamer(torch.device(job.device), MemoryOptions(ram=ram, io=job.io))

@@ -117,11 +117,10 @@ class StreamedWeights:
 
     def choose(self, work: PictureWork) -> tuple[Tiling, PhaseDemand]:
         """The largest slices whose activations leave room for the weights' ring. Raises BudgetError."""
-        on_cpu = self._streamer.device.type == "cpu"
-        seconds = visit_seconds(self._config, work, self._blocks, CPU_FLOPS if on_cpu else CARD_FLOPS)
+        seconds = visit_seconds(self._config, work, self._blocks, CPU_FLOPS if work.on_cpu else CARD_FLOPS)
         refusal: BudgetError | None = None
         for tiling in tilings(self._config, work):
-            activations = device_activations(self._config, work, tiling, on_cpu=on_cpu)
+            activations = device_activations(self._config, work, tiling)
             phase = f"{work.width}x{work.height}"
             demand = PhaseDemand(phase, self._blocks, seconds, activations, self._once, work.host_bytes, work.computed)
             try:

@@ -472,7 +472,8 @@ class L2PPipeline:
         keys = key_tile_for(self.config, self.device, self.dtype)
         tokens = padded_length(caption_tokens)
         int8 = self.compute.name == INT8
-        return PictureWork(width, height, pictures, cfg_scale != 1, tokens, self.dtype, keys, int8)
+        on_cpu = self.device.type == "cpu"
+        return PictureWork(width, height, pictures, cfg_scale != 1, tokens, self.dtype, keys, int8, on_cpu)
 
     def describe_plan(self, work: PictureWork, prompts: Sequence[str] = ()) -> str:
         """How a run would be cut and where its blocks would live, in words. prompts: that are encoded for it.

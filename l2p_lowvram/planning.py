@@ -35,7 +35,7 @@ _SAVED_PIXELS_PER_SECOND = 10e6
 @dataclass(frozen=True)
 class PlanRequest:
     """What a run is to do. Sizes in pixels; dtype as "bf16", "fp16" or "fp32". int8: whether INT8 weights may be
-    multiplied in integers."""
+    multiplied in integers. on_cpu: whether the CPU computes."""
 
     width: int
     height: int
@@ -44,12 +44,13 @@ class PlanRequest:
     pictures: int
     dtype: str
     int8: bool = False
+    on_cpu: bool = False
 
     def work(self, width: int | None = None, height: int | None = None) -> PictureWork:
         kind = DTYPES[self.dtype]
         size = (self.width if width is None else width, self.height if height is None else height)
         guided = self.cfg_scale != 1
-        return PictureWork(*size, self.pictures, guided, PROMPT_TOKENS, kind, int8=self.int8)
+        return PictureWork(*size, self.pictures, guided, PROMPT_TOKENS, kind, int8=self.int8, on_cpu=self.on_cpu)
 
 
 @dataclass(frozen=True)
@@ -338,6 +339,7 @@ def make_plan(
     try:
         defaults = planner.config.defaults
         chosen = {name: getattr(defaults, name, 1) if value is None else value for name, value in request.items()}
-        return planner.plan(PlanRequest(**chosen, dtype=profile.dtype, int8=planner.may_take_int8(compute)))  # type: ignore[arg-type]
+        int8 = planner.may_take_int8(compute)
+        return planner.plan(PlanRequest(**chosen, dtype=profile.dtype, int8=int8, on_cpu=profile.is_cpu))  # type: ignore[arg-type]
     finally:
         planner.close()

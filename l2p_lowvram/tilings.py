@@ -22,15 +22,17 @@ from .segment import LEAST_OWN_SEGMENT, reserved_bytes
 from .slicing import SliceSizes
 
 # (tokens, queries, heads) of the transformer and bytes of the local decoder, from the largest to the smallest.
-_CHOICES = (
-    (8192, 16384, 6, 3000 << 20),
-    (4096, 8192, 6, 1000 << 20),
+_SMALLER_CHOICES = (
     (2048, 4096, 3, 500 << 20),
     (2048, 4096, 3, 250 << 20),
     (1024, 2048, 2, 125 << 20),
     (512, 1024, 1, 60 << 20),
     (256, 512, 1, 30 << 20),
 )
+_CARD_CHOICES = ((8192, 16384, 6, 3000 << 20), (4096, 8192, 6, 1000 << 20), *_SMALLER_CHOICES)
+# A CPU gains from fewer tokens, whose tensors it finds again in its caches and its allocator, and from more heads:
+# every group of them normalises and quantises the tokens anew, and six make a product of only 768 outputs.
+_CPU_CHOICES = ((2304, 16384, 15, 3000 << 20), (2304, 8192, 6, 1000 << 20), *_SMALLER_CHOICES)
 # Of the decoder's own peak: what a CPU's convolutions take besides, for copies in another order of channels.
 _CPU_CONVOLUTION_SHARE = 0.25
 # fp32 pictures that a step holds in host memory beside one velocity per branch: the sample, the guided
@@ -45,7 +47,7 @@ _ALLOCATOR_BYTES = 12 << 20
 class PictureWork:
     """What a run computes on: the size of its pictures, how many of them, whether each has a second, guiding
     branch, and the longest caption's tokens (pads included). keys: of `SliceSizes`, given by the device. int8:
-    whether INT8 weights may be multiplied in integers."""
+    whether INT8 weights may be multiplied in integers. on_cpu: computed where the host's memory is."""
 
     width: int
     height: int
@@ -55,6 +57,7 @@ class PictureWork:
     dtype: torch.dtype
     keys: int | None = None
     int8: bool = False
+    on_cpu: bool = False
 
     @property
     def stream_itemsize(self) -> int:
@@ -105,7 +108,7 @@ def tilings(config: ModelConfig, work: PictureWork) -> Iterator[Tiling]:
     job = DecoderJob.of(config, work.width, work.height)
     # The strip of patches that is embedded together: a few megapixels, at least one row of patches.
     rows = max(1, _PATCH_ROWS_PIXELS // (config.patch_size * work.width))
-    for level, (tokens, queries, heads, limit) in enumerate(_CHOICES):
+    for level, (tokens, queries, heads, limit) in enumerate(_CPU_CHOICES if work.on_cpu else _CARD_CHOICES):
         try:
             decoder = _decoder_plan(job, limit, work.stream_itemsize)
         except ValueError:  # no plan is that small
@@ -119,24 +122,24 @@ def _decoder_plan(job: DecoderJob, limit: int, itemsize: int) -> DecoderPlan:
     return choose_plan(job, limit, itemsize)
 
 
-def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling, *, on_cpu: bool) -> int:
+def device_activations(config: ModelConfig, work: PictureWork, tiling: Tiling) -> int:
     """Peak bytes beside the weights in the memory that computes: on the CPU the sampler's pictures too.
 
     The states and captions of every branch, and the widest moment of prelude, block and local decoder; on a card
     in the segments that torch's allocator makes of them.
     """
-    if not on_cpu:
+    if not work.on_cpu:
         return sum(device_segments(config, work, tiling)) + _kept_bytes(config, work) + _ALLOCATOR_BYTES
     captions = work.branches * activations.state_bytes(config, padded_length(work.caption_tokens), work.stream_itemsize)
     states = work.branches * activations.state_bytes(config, work.tokens(config), work.stream_itemsize)
-    return states + captions + _widest_moment(config, work, tiling, on_cpu=True) + work.host_bytes
+    return states + captions + _widest_moment(config, work, tiling) + work.host_bytes
 
 
 def device_segments(config: ModelConfig, work: PictureWork, tiling: Tiling) -> tuple[int, ...]:
     """What torch's allocator should reserve on a card, in bytes, so that a step fits without holes: one segment
     for the state of each branch, which lives all step, and one for everything that comes and goes."""
     state = activations.state_bytes(config, work.tokens(config), work.stream_itemsize)
-    moment = _widest_moment(config, work, tiling, on_cpu=False)
+    moment = _widest_moment(config, work, tiling)
     if state < LEAST_OWN_SEGMENT:
         return (reserved_bytes(work.branches * state + moment),)
     return (*[reserved_bytes(state)] * work.branches, reserved_bytes(moment))
@@ -152,10 +155,10 @@ def _kept_bytes(config: ModelConfig, work: PictureWork) -> int:
     return (-(-work.branches * (caption + 2 * features) // shared) + 1) * shared
 
 
-def _widest_moment(config: ModelConfig, work: PictureWork, tiling: Tiling, *, on_cpu: bool) -> int:
+def _widest_moment(config: ModelConfig, work: PictureWork, tiling: Tiling) -> int:
     """Most bytes beside states and captions: of prelude, block and local decoder."""
     e, r, tokens, sizes = work.dtype.itemsize, work.stream_itemsize, work.tokens(config), tiling.sizes
-    device = torch.device("cpu" if on_cpu else "cuda")
+    device = torch.device("cpu" if work.on_cpu else "cuda")
     held = activations.group_weight_bytes(config, sizes, e)
     # Blocks convert weights to their dtype, everything else to that of the stream.
     converted = max(linear.converted_bytes(device, size, held) for size in {e, r})
@@ -176,8 +179,10 @@ def _widest_moment(config: ModelConfig, work: PictureWork, tiling: Tiling, *, on
     )
     prelude = activations.prelude_bytes(config, work.width, work.height, sizes, r) + converted
     room = max(block, prelude)
-    epilogue = activations.epilogue_bytes(config, work.width, work.height, tiling.decoder, r, on_cpu=on_cpu, room=room)
-    if on_cpu:
+    epilogue = activations.epilogue_bytes(
+        config, work.width, work.height, tiling.decoder, r, on_cpu=work.on_cpu, room=room
+    )
+    if work.on_cpu:
         epilogue += int(epilogue * _CPU_CONVOLUTION_SHARE)
     return max(room, epilogue)
 

@@ -231,9 +231,7 @@ def test_a_plan_counts_what_int8_takes():
     work = PictureWork(1024, 1024, 1, True, 64, torch.bfloat16)
     *_, tiling = tilings(config, work)  # with larger tiles the decoder is the widest moment
 
-    dequantised, int8 = (
-        device_activations(config, replace(work, int8=int8), tiling, on_cpu=False) for int8 in (False, True)
-    )
+    dequantised, int8 = (device_activations(config, replace(work, int8=int8), tiling) for int8 in (False, True))
 
     assert dequantised < int8 < dequantised + (128 << 20)
 

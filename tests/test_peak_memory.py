@@ -72,7 +72,7 @@ def test_leaving_repetitions_out_changes_no_peak(mini: Path) -> None:
 
 def slices(*choices: tuple[int, int, int, int]) -> AbstractContextManager[object]:
     """Tokens, queries and heads of a slice, and bytes of the decoder, instead of the canonical ones."""
-    return patch("l2p_lowvram.tilings._CHOICES", choices)
+    return patch("l2p_lowvram.tilings._CARD_CHOICES", choices)
 
 
 def test_more_steps_take_no_more(mini: Path) -> None:

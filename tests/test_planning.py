@@ -162,13 +162,14 @@ def test_slices_are_the_same_for_every_budget_that_holds_the_first_choice(model:
     assert {(plan.slices, plan.slice_level, plan.notes) for plan in plans} == {(plans[0].slices, 0, ())}
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("family", PUBLISHED)
-def test_smaller_slices_take_less_memory_at_every_size(family: str) -> None:
+def test_smaller_slices_take_less_memory_at_every_size(family: str, on_cpu: bool) -> None:
     config = PUBLISHED[family]
     side = config.defaults.width
-    work = PictureWork(side, side, 1, True, 64, torch.bfloat16)
+    work = PictureWork(side, side, 1, True, 64, torch.bfloat16, on_cpu=on_cpu)
 
-    bytes_by_level = [device_activations(config, work, t, on_cpu=False) for t in tilings(config, work)]
+    bytes_by_level = [device_activations(config, work, t) for t in tilings(config, work)]
 
     assert len(bytes_by_level) > 3
     assert bytes_by_level == sorted(bytes_by_level, reverse=True)

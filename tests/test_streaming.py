@@ -618,7 +618,7 @@ def test_a_step_on_the_cpu_holds_no_more_than_was_planned(monkeypatch: pytest.Mo
                 callback_on_step_end=lambda *_: None,
             )
 
-    planned = device_activations(config, work, tiling, on_cpu=True)
+    planned = device_activations(config, work, tiling)
     assert 0.55 * planned < live.peak - before <= planned
     assert work.host_bytes > planned / 2
 
