@@ -35,7 +35,7 @@ from l2p_lowvram.quantization import Scheme
 from l2p_lowvram.slicing import SliceSizes
 
 CONFIG = PUBLISHED["1k"]
-SLICES = SliceSizes(tokens=2304, queries=16384, heads=15)  # a CPU's first choice
+SLICES = SliceSizes(tokens=2112, queries=16384, heads=15)  # a CPU's first choice
 JUDGED_TOKENS = 1024
 RUNS = 3
 WHAT = ("five linear layers", "block")
@@ -90,12 +90,13 @@ def jobs(block: TransformerBlock, way: Way, tokens: int) -> tuple[Callable[[], o
 
     def multiply() -> None:
         attention, feed_forward = block.attention, block.feed_forward
-        attention.qkv(x)
-        attention.out(x)
-        read = feed_forward.w1.read(x)  # for two layers, as in the block
-        feed_forward.w1(read)
-        feed_forward.w3(read)
-        feed_forward.w2(hidden)
+        for part, wide in zip(x.split(SLICES.tokens, 1), hidden.split(SLICES.tokens, 1), strict=True):
+            attention.qkv(part)
+            attention.out(part)
+            read = feed_forward.w1.read(part)  # for two layers, as in the block
+            feed_forward.w1(read)
+            feed_forward.w3(read)
+            feed_forward.w2(wide)
 
     return multiply, lambda: block.update_(x, rope, embedding, SLICES.slices())
 

@@ -1,6 +1,6 @@
 """W8A8: activations quantised per token as they come, multiplied with INT8 weights in integers.
 
-    x W^T  ~  (q_x q_w^T) * scale_x * scale_w,    q_x = round(x / scale_x),  scale_x = absmax of the token / 127
+    x W^T  ~  (q_x q_w^T) * scale_w * scale_x,    q_x = round(x / scale_x),  scale_x = absmax of the token / 127
 
 Sums of products of int8 are integers, so every kernel that is right gives the same bits; they differ in speed
 alone. A token's quantisation depends on no other token, so slices of tokens have the bits of the whole; rotated ones
@@ -10,7 +10,7 @@ up to rounding, since how a rotation rounds depends on how many rows are multipl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,14 @@ class Int8Matmul(Protocol):
     def __call__(self, q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
         """q (M, K), w (N, K), both int8 -> q w^T (M, N) in int32, or in fp32 rounded once. In `out`, (M, N) int32,
         where it is given and the kernel can: new memory for each tile costs more than the scaling of its sums."""
+
+
+@runtime_checkable
+class ScalingMatmul(Int8Matmul, Protocol):
+    """One whose kernel scales the outputs as it writes them."""
+
+    def scaled(self, q: Tensor, w: Tensor, factor: Tensor) -> Tensor:
+        """(q w^T) * factor, (M, N) in fp32, rounded after the sum and after the product. factor (1, 1) or (1, N)."""
 
 
 class Rotates(Protocol):
@@ -120,7 +128,8 @@ def multiply(matmul: Int8Matmul, x: QuantizedRows, weight: Tensor, scale: Tensor
     count, outputs = x.values.shape[0], weight.shape[0]
     result = torch.empty(count, outputs, dtype=x.source.dtype, device=weight.device)
     height, width = tile_shape(count, slice_bytes(weight.device))
-    buffer = torch.empty(height * min(width, outputs), dtype=torch.int32, device=weight.device)
+    scales = isinstance(matmul, ScalingMatmul)
+    buffer = torch.empty(0 if scales else height * min(width, outputs), dtype=torch.int32, device=weight.device)
     for start in range(0, outputs, width):
         columns = slice(start, start + width)
         factor = (scale if scale.shape[0] == 1 else scale[columns]).T
@@ -128,27 +137,31 @@ def multiply(matmul: Int8Matmul, x: QuantizedRows, weight: Tensor, scale: Tensor
         for top in range(0, count, height):
             rows = slice(top, top + height)
             tile = result[rows, columns]
-            sums = matmul(x.values[rows], weight[columns], buffer[: tile.numel()].view(tile.shape))
-            scale_into = _scale_in_cache if tile.device.type == "cpu" else _scale_at_once
-            scale_into(tile, sums, x.scale[rows], factor, added)
+            if isinstance(matmul, ScalingMatmul):
+                sums = matmul.scaled(x.values[rows], weight[columns], factor)
+                _scale_in_cache(tile, sums, x.scale[rows], None, added)
+            else:
+                sums = matmul(x.values[rows], weight[columns], buffer[: tile.numel()].view(tile.shape))
+                scale_into = _scale_in_cache if tile.device.type == "cpu" else _scale_at_once
+                scale_into(tile, sums, x.scale[rows], factor, added)
             del sums  # where they are not the buffer: before the next tile's exist
     return result.view(*x.source.shape[:-1], outputs)
 
 
 def _scale_at_once(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor, bias: Tensor | None) -> None:
-    """out := sums * row_scale * factor + bias, in fp32 until it is written; sums are lost.
+    """out := sums * factor * row_scale + bias, in fp32 until it is written; sums are lost.
 
     For cards, in as few kernels as there can be: each converts what it reads and rounds what it writes.
     """
-    scaled = torch.mul(sums, row_scale, out=sums.view(torch.float32))
+    scaled = torch.mul(sums, factor, out=sums.view(torch.float32))
     if bias is None:
-        torch.mul(scaled, factor, out=out)
+        torch.mul(scaled, row_scale, out=out)
     else:
-        out.copy_(scaled.mul_(factor).add_(bias))
+        out.copy_(scaled.mul_(row_scale).add_(bias))
 
 
-def _scale_in_cache(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor, bias: Tensor | None) -> None:
-    """`_scale_at_once` for CPUs, to the same bits.
+def _scale_in_cache(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor | None, bias: Tensor | None) -> None:
+    """`_scale_at_once` for CPUs, to the same bits. factor: None where sums have it.
 
     One plain operation after the other, since torch copies the operands of one that mixes dtypes there; and a few
     rows at a time, which stay in the cache.
@@ -157,7 +170,9 @@ def _scale_in_cache(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor
     for start in range(0, sums.shape[0], step):
         part = sums[start : start + step]
         scaled = part if part.dtype == torch.float32 else part.view(torch.float32).copy_(part)
-        scaled.mul_(row_scale[start : start + step]).mul_(factor)
+        if factor is not None:
+            scaled.mul_(factor)
+        scaled.mul_(row_scale[start : start + step])
         out[start : start + step] = scaled if bias is None else scaled.add_(bias)
 
 

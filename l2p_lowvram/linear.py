@@ -217,7 +217,7 @@ class Linear(nn.Module):
             x = x.source
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight_scale is None and self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight, bias)
+            return product(x, self.weight, bias)
         # Autograd keeps what it multiplied with: nothing that the next slice overwrites.
         keeps = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         output_scale = None if keeps else self._output_scale(x.device, x.dtype)
@@ -229,14 +229,14 @@ class Linear(nn.Module):
             rows = slice(start, min(start + step, self.out_features))
             out, added = result[..., rows], None if bias is None else bias[rows]
             if keeps:
-                out.copy_(F.linear(x, self.dequantized(x.dtype, rows), added))
+                out.copy_(product(x, self.dequantized(x.dtype, rows), added))
                 continue
             weight = self._take(rows.stop - rows.start, x.dtype)
             self._convert_into(weight, rows, scaled=output_scale is None)
             if output_scale is None:
-                out.copy_(F.linear(x, weight, added))
+                out.copy_(product(x, weight, added))
             else:
-                _write_scaled(out, F.linear(x, weight), _of_rows(output_scale, rows), added)
+                _write_scaled(out, product(x, weight), _of_rows(output_scale, rows), added)
         return result
 
     def rows(self, parts: Sequence[slice], dtype: torch.dtype) -> list[Callable[[Tensor | QuantizedRows], Tensor]]:
@@ -248,14 +248,14 @@ class Linear(nn.Module):
         if self.multiplies_int8:
             return [partial(self._multiply_int8, rows=part) for part in parts]
         if self.weight_scale is None and self.weight.dtype == dtype:
-            return [partial(F.linear, weight=self.weight[part]) for part in parts]
+            return [partial(product, weight=self.weight[part]) for part in parts]
         scale = self._output_scale(self.weight.device, dtype)
         counts = [len(range(*part.indices(self.out_features))) for part in parts]
         held = self._take(sum(counts), dtype).split(counts)
         for weight, part in zip(held, parts, strict=True):
             self._convert_into(weight, part, scaled=scale is None)
         if scale is None:
-            return [partial(F.linear, weight=weight) for weight in held]
+            return [partial(product, weight=weight) for weight in held]
         return [
             partial(_linear_scaled, weight=weight, scale=_of_rows(scale, part))
             for weight, part in zip(held, parts, strict=True)
@@ -321,6 +321,12 @@ class Linear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.weight.dtype}, rotation={self.rotation}"
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) W^T + b. Of all rows together: where x is a slice of a longer tensor, `F.linear` multiplies each item
+    of the batch by itself, on a CPU in several times the time."""
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
 def _of_rows(scale: Tensor, rows: slice) -> Tensor:
     """Of an output scale, (N) or (1), what these rows have."""
     return scale if scale.shape[0] == 1 else scale[rows]
@@ -341,7 +347,7 @@ def _write_scaled(out: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) ->
 
 
 def _linear_scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    y = F.linear(x, weight)
+    y = product(x, weight)
     _write_scaled(y, y, scale, None)
     return y
 

@@ -151,29 +151,32 @@ def _views() -> _Views | None:
 
 
 def has_views() -> bool:
-    """Whether `by_qlinear` can use its kernel here: with torch's that have it, on systems of x86."""
+    """Whether `by_qlinear` has its kernel here: with torch's that have it, on systems of x86."""
     return _views() is not None
 
 
-@lru_cache
-def _no_scale() -> tuple[Any, ...]:
-    """Scale and zero point of weights, for sums as they are."""
-    return torch.ones(1), torch.zeros(1, dtype=torch.int64)
-
-
-def by_qlinear(q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """oneDNN's int8 kernel for quantised models: sums in fp32, rounded once. Never into `out`, which it cannot.
+class Qlinear:
+    """oneDNN's int8 kernel for quantised models, an `Int8Matmul` that scales; its sums are fp32, rounded once.
 
     For CPUs with AMX: on others it takes minutes. Weights that do not lie row by row go through `torch._int_mm`.
     """
-    views = _views()
-    if views is None or not w.is_contiguous():
-        return by_int_mm(q, w, out)
-    scale, zero = _no_scale()
-    view = views.transposed(w)
-    return torch.ops.onednn.qlinear_pointwise(
-        *(q, 1.0, 0),
-        *(view, scale, zero, None),
-        *(1.0, 0, torch.float32),
-        *("none", [], ""),
-    )
+
+    def __call__(self, q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        """Never into `out`, which the kernel cannot."""
+        return self.scaled(q, w, torch.ones(1, 1))
+
+    def scaled(self, q: Tensor, w: Tensor, factor: Tensor) -> Tensor:
+        views = _views()
+        if views is None or not w.is_contiguous():
+            return by_int_mm(q, w) * factor
+        view, zero = views.transposed(w), torch.zeros(1, dtype=torch.int64)
+        result: Tensor = torch.ops.onednn.qlinear_pointwise(
+            *(q, 1.0, 0),
+            *(view, factor.reshape(-1), zero, None),
+            *(1.0, 0, torch.float32),
+            *("none", [], ""),
+        )
+        return result
+
+
+by_qlinear = Qlinear()

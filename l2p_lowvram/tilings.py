@@ -30,9 +30,10 @@ _SMALLER_CHOICES = (
     (256, 512, 1, 30 << 20),
 )
 _CARD_CHOICES = ((8192, 16384, 6, 3000 << 20), (4096, 8192, 6, 1000 << 20), *_SMALLER_CHOICES)
-# A CPU gains from fewer tokens, whose tensors it finds again in its caches and its allocator, and from more heads:
-# every group of them normalises and quantises the tokens anew, and six make a product of only 768 outputs.
-_CPU_CHOICES = ((2304, 16384, 15, 3000 << 20), (2304, 8192, 6, 1000 << 20), *_SMALLER_CHOICES)
+# A CPU gains from fewer tokens, whose tensors it finds again in its caches and its allocator (2112: a picture of
+# 1024 x 1024 and a caption of up to 128 tokens are two slices), and from more heads: every group of them normalises
+# and quantises the tokens anew, and six make a product of only 768 outputs.
+_CPU_CHOICES = ((2112, 16384, 15, 3000 << 20), (2112, 8192, 6, 1000 << 20), *_SMALLER_CHOICES)
 # Of the decoder's own peak: what a CPU's convolutions take besides, for copies in another order of channels.
 _CPU_CONVOLUTION_SHARE = 0.25
 # fp32 pictures that a step holds in host memory beside one velocity per branch: the sample, the guided

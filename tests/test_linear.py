@@ -92,3 +92,29 @@ def test_a_norm_a_few_rows_at_a_time_is_torchs(dtype: torch.dtype, monkeypatch: 
         found = norm(x)
 
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.int8])
+def test_a_slice_of_a_longer_tensor_is_multiplied_as_one_matrix(stored: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """`F.linear` would multiply each item of its batch, in several times the time."""
+    seen = []
+    linear = torch.nn.functional.linear
+
+    def watched(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        seen.append(x.dim())
+        return linear(x, *rest)
+
+    layer = Linear(16, 8).requires_grad_(False)
+    if stored == torch.int8:
+        layer.quantize_(torch.randint(-127, 128, (8, 16), dtype=torch.int8), torch.rand(8, 1))
+    x = torch.randn(1, 40, 16)[:, 3:20]
+    expected = x.double() @ layer.dequantized().double().T + layer.bias.double()
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+
+    found = layer(x)
+    (part,) = layer.rows([slice(0, 8)], torch.float32)
+    without_bias = part(x)
+
+    assert seen == [2, 2]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((without_bias + layer.bias).double(), expected, rtol=1e-4, atol=1e-4)

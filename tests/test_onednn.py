@@ -10,7 +10,7 @@ from torch import Tensor
 
 from l2p_lowvram import compute, onednn
 from l2p_lowvram.compute import check_kernel, fast_kernels, has_amx, has_vnni
-from l2p_lowvram.int8_matmul import by_int_mm, in_fp32
+from l2p_lowvram.int8_matmul import ScalingMatmul, by_int_mm, in_fp32, multiply, quantize_rows
 from l2p_lowvram.onednn import by_qlinear, has_views
 
 CPU = torch.device("cpu")
@@ -69,6 +69,7 @@ def test_sums_are_exact(rows: int, columns: int, outputs: int):
 
     assert torch.equal(by_qlinear(q, weight), (q.long() @ weight.T.long()).float())
     assert check_kernel(by_qlinear, weight) is None
+    assert isinstance(by_qlinear, ScalingMatmul)
 
 
 @needs_amx
@@ -85,13 +86,31 @@ def test_rows_of_a_weight_are_multiplied_where_they_lie():
     assert torch.equal(by_qlinear(q, weight[32:64]), in_fp32(q, weight)[:, 32:64].float())
 
 
+@needs_amx
+@pytest.mark.parametrize("shape", [(1, 1), (1, 96)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_has_the_bits_of_the_reference(shape: tuple[int, int], with_bias: bool, dtype: torch.dtype):
+    """Whose sums of so many products need rounding, too."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight = quantize_rows(torch.rand(70, 4096, generator=generator).to(dtype)), int8(96, 4096).abs_()
+    scale = torch.rand(shape, generator=generator).T / 100
+    bias = torch.randn(96, generator=generator) if with_bias else None
+
+    found, expected = (multiply(kernel, x, weight, scale, bias) for kernel in (by_qlinear, in_fp32))
+
+    assert in_fp32(x.values, weight).max() > 1 << 24
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of weights that go through `torch._int_mm`."""
     called = []
 
-    def count(q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    def count(q: Tensor, w: Tensor) -> Tensor:
         called.append(w.shape)
-        return by_int_mm(q, w, out)
+        return by_int_mm(q, w)
 
     monkeypatch.setattr(onednn, "by_int_mm", count)
     return called
