@@ -1,7 +1,7 @@
 """Forwards of the full-size INT8 file on the CPU, cold: `python benchmarks/streaming.py FOLDER [--save]`.
 
-512 image and 64 caption tokens (512x256 pixels, or --width wider), one branch, fp32, --steps forwards through the
-pipeline, each way in a process of its own that begins with the file out of the page cache:
+512 image and 64 caption tokens (512x256 pixels, or --width wider), one branch, --steps forwards through the
+pipeline in the dtype that it takes here (or --dtype), each way in a process of its own that begins with the file out of the page cache:
 
     streamed   --ram 2GiB, in a memory control group limited to 3 GiB where one can be made
     compute    all weights in RAM before the clock starts
@@ -46,6 +46,7 @@ class Job:
     threads: int
     width: int
     steps: int
+    dtype: str | None
 
 
 def worker(job: Job) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def streamed(job: Job) -> dict[str, Any]:
 
     with (
         MemoryWatch() as watch,
-        L2PPipeline.from_pretrained(job.model, device="cpu", dtype="fp32", ram=RAM) as pipeline,
+        L2PPipeline.from_pretrained(job.model, device="cpu", dtype=job.dtype, ram=RAM) as pipeline,
     ):
         cpu = time.process_time()
         started = time.perf_counter()
@@ -86,6 +87,7 @@ def streamed(job: Job) -> dict[str, Any]:
             "cpu_seconds": time.process_time() - cpu,
             "read_bytes": stream.read_bytes,
             "io": stream.io.reason,
+            "arithmetic": f"{str(pipeline.dtype).removeprefix('torch.')}, {pipeline.compute.told()}",
             "resident": 0 if stream.plan is None else stream.plan.count(Tier.DEVICE),
             "slots": 0 if stream.plan is None else stream.plan.slots,
             "waited_seconds": sum(span.seconds for span in spans if span.lane == "wait" and span.end <= ends[0]),
@@ -97,7 +99,7 @@ def streamed(job: Job) -> dict[str, Any]:
 def compute(job: Job) -> dict[str, Any]:
     from l2p_lowvram.pipeline import L2PPipeline
 
-    with L2PPipeline.from_pretrained(job.model, device="cpu", dtype="fp32", io="read") as pipeline:
+    with L2PPipeline.from_pretrained(job.model, device="cpu", dtype=job.dtype, io="read") as pipeline:
         opened = pipeline.weights.open
         loaded = cpu = 0.0
 
@@ -194,7 +196,7 @@ def guided(job: Job) -> dict[str, Any]:
     counted: list[int] = []
 
     def call(ram: int) -> tuple[int, int, int]:
-        with L2PPipeline.from_pretrained(job.model, device="cpu", dtype="fp32", ram=ram, slots=2) as pipeline:
+        with L2PPipeline.from_pretrained(job.model, device="cpu", dtype=job.dtype, ram=ram, slots=2) as pipeline:
 
             def note(*_: Any) -> None:
                 counted.append(settled(pipeline.streamer.streams[0]))
@@ -314,6 +316,7 @@ def main() -> None:
     arguments.add_argument("--ways", nargs="*", default=["streamed", "compute", "read", "guided"])
     arguments.add_argument("--rounds", type=int, default=3, help="of each way in turns")
     arguments.add_argument("--steps", type=int, default=3, help="forwards of a run; the first is judged")
+    arguments.add_argument("--dtype", help="fp32 or bf16; the pipeline's own choice if not given")
     arguments.add_argument("--width", type=int, default=512, help="pixels; 512 are 512 image tokens")
     options = arguments.parse_args()
     model = options.folder / "model.safetensors"
@@ -328,7 +331,7 @@ def main() -> None:
             continue  # counts bytes: once is enough
         drop_cache([model])
         limit = LIMIT if way in ("streamed", "guided") else None
-        job = Job(way, str(model), options.threads, options.width, options.steps)
+        job = Job(way, str(model), options.threads, options.width, options.steps, options.dtype)
         run = measured([__file__, "--worker", json.dumps(asdict(job))], limit=limit)
         rounds[way].append(run)
         told = f"{run.get('seconds', 0.0):.2f} s, then " + ", ".join(f"{s:.2f}" for s in run.get("later_seconds", []))
@@ -342,6 +345,7 @@ def main() -> None:
         figures += [
             Figure("streamed: processor time of all forwards", run["cpu_seconds"], "s"),
             Figure("streamed: how it was read", run["io"]),
+            Figure("streamed: arithmetic", run["arithmetic"]),
             *peaks(max(rounds["streamed"], key=lambda run: run["peak_anonymous_bytes"])),
             Figure("waited for weights", run["waited_seconds"], "s"),
             at_most("start of process to first block computing", soonest["first_block_seconds"], 1.0, "s"),
