@@ -1,8 +1,8 @@
 """What multiplies INT8 weights: dequantised weights, or integers by the best kernel that this device has.
 
 Kernels are tried before they are believed: one whose sums are not the exact integers is out (some saturate,
-silently, on CPUs without VNNI). On a card `auto` takes INT8 only where it was seen to be faster; on CPUs with VNNI,
-where it is known to be, unless it was seen to take a quarter longer or more.
+silently, on CPUs without VNNI). On a card `auto` takes INT8 only where it was seen to be faster; on CPUs with VNNI or
+AMX, where it is known to be, unless it was seen to take a quarter longer or more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .profiles import run_seconds
 
 # By which INT8 must win before `auto` takes it: it costs accuracy, and what a disturbed measurement could turn
 # around would make other pictures from one run to the next. VNNI is known to win by far (3 to 6 times where it was
-# measured), so on a CPU the measurement has but a veto.
+# measured; AMX, which is fast in bf16 too, 1.4 to 2), so on a CPU the measurement has but a veto.
 MARGIN, CPU_MARGIN = 1.25, 0.8
 # Narrower layers spend their time on calls, not on sums: `auto` dequantises them, unmeasured.
 _LEAST_COLUMNS = 512
@@ -64,7 +64,7 @@ class LayerSize:
 
 def choose_compute(asked: str, device: torch.device, dtype: torch.dtype, size: LayerSize) -> Compute:
     """asked: one of COMPUTE_CHOICES. size: of the layer to measure. Measures once per process, for some tens of
-    milliseconds; where `auto` dequantises in any case (a CPU without VNNI, or with AMX in bf16, narrow layers), never.
+    milliseconds; where `auto` dequantises in any case (a CPU without VNNI, narrow layers), never.
 
     Raises ValueError for an unknown choice.
     """
