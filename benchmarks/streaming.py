@@ -1,7 +1,8 @@
 """Forwards of the full-size INT8 file on the CPU, cold: `python benchmarks/streaming.py FOLDER [--save]`.
 
-512 image and 64 caption tokens (512x256 pixels, or --width wider), one branch, --steps forwards through the
-pipeline in the dtype that it takes here (or --dtype), each way in a process of its own that begins with the file out of the page cache:
+512 image and 64 caption tokens (512x256 pixels, or --width wider), one branch, --steps forwards through the pipeline
+in the dtype that it takes here (or --dtype), each way in a process of its own that begins with the file out of the
+page cache:
 
     streamed   --ram 2GiB, in a memory control group limited to 3 GiB where one can be made
     compute    all weights in RAM before the clock starts
