@@ -138,20 +138,34 @@ class _Views:
         return view
 
 
+def _product(view: Tensor, q: Tensor, factor: Tensor) -> Tensor:
+    """q (M, K) times an MKLDNN tensor (K, N), both int8, times factor (N) or (1) -> (M, N) in fp32."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    result: Tensor = torch.ops.onednn.qlinear_pointwise(
+        *(q, 1.0, 0),
+        *(view, factor, zero, None),
+        *(1.0, 0, torch.float32),
+        *("none", [], ""),
+    )
+    return result
+
+
 @lru_cache
 def _views() -> _Views | None:
-    """None where this torch has no such views, or they do not show what they should."""
+    """None where this torch has no such views or no such kernel, or they do not show and make what they should."""
+    weight = torch.arange(-48, 48, dtype=torch.int8).view(8, 12)
     try:
         views = _Views()
-        weight = torch.arange(-48, 48, dtype=torch.int8).view(8, 12)
-        seen = views.transposed(weight).to_dense()
+        view = views.transposed(weight)
+        shown, sums = view.to_dense(), _product(view, weight[:5], torch.ones(1))
     except (OSError, AttributeError, RuntimeError, TypeError, ValueError):
         return None
-    return views if torch.equal(seen, weight.T) else None
+    right = torch.equal(shown, weight.T) and torch.equal(sums, weight[:5].float() @ weight.float().T)
+    return views if right else None
 
 
-def has_views() -> bool:
-    """Whether `by_qlinear` has its kernel here: with torch's that have it, on systems of x86."""
+def has_qlinear() -> bool:
+    """Whether `by_qlinear` has its kernel here: on x86 alone, and not with every torch (2.6 takes uint8, no int8)."""
     return _views() is not None
 
 
@@ -169,14 +183,7 @@ class Qlinear:
         views = _views()
         if views is None or not w.is_contiguous():
             return by_int_mm(q, w) * factor
-        view, zero = views.transposed(w), torch.zeros(1, dtype=torch.int64)
-        result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(q, 1.0, 0),
-            *(view, factor.reshape(-1), zero, None),
-            *(1.0, 0, torch.float32),
-            *("none", [], ""),
-        )
-        return result
+        return _product(views.transposed(w), q, factor.reshape(-1))
 
 
 by_qlinear = Qlinear()

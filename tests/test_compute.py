@@ -84,7 +84,7 @@ def test_matrix_units_are_left_to_bf16_without_the_kernel_that_is_twice_as_fast(
 ):
     with_kernels(monkeypatch, {"quick": (in_fp32, 0.5)})
     monkeypatch.setattr(compute, "has_amx", lambda: True)
-    monkeypatch.setattr(compute, "has_views", lambda: views)
+    monkeypatch.setattr(compute, "has_qlinear", lambda: views)
 
     assert choose_compute("auto", CPU, dtype, SIZE).name == name
     assert choose_compute("int8", CPU, dtype, SIZE).name == "int8"
@@ -99,6 +99,7 @@ def test_what_may_be_taken_is_known_without_measuring(
 ):
     size = LayerSize(columns, 96)
     monkeypatch.setattr(compute, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(compute, "check_kernel", lambda kernel, weight: None)  # which only CPUs with VNNI pass
     monkeypatch.setattr(compute, "layer_seconds", None)
     may = may_take_int8(asked, CPU, dtype, size)
     monkeypatch.setattr(compute, "layer_seconds", lambda layer, x, matmul: 1.0 if matmul is None else 0.01)

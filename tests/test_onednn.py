@@ -11,11 +11,11 @@ from torch import Tensor
 from l2p_lowvram import compute, onednn
 from l2p_lowvram.compute import check_kernel, fast_kernels, has_amx, has_vnni
 from l2p_lowvram.int8_matmul import ScalingMatmul, by_int_mm, in_fp32, multiply, quantize_rows
-from l2p_lowvram.onednn import by_qlinear, has_views
+from l2p_lowvram.onednn import by_qlinear, has_qlinear
 
 CPU = torch.device("cpu")
-needs_views = pytest.mark.skipif(not has_views(), reason="torch has no views as MKLDNN tensors here")
-needs_amx = pytest.mark.skipif(not (has_views() and has_amx()), reason="needs a CPU with AMX")
+needs_views = pytest.mark.skipif(not has_qlinear(), reason="torch has no such views or no such kernel here")
+needs_amx = pytest.mark.skipif(not (has_qlinear() and has_amx()), reason="needs a CPU with AMX")
 
 
 def int8(rows: int, columns: int, seed: int = 2) -> Tensor:
@@ -161,7 +161,7 @@ def test_an_unknown_descriptor_is_not_used(made, monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(ValueError, match="descriptor"):
         onednn._learn()
-    assert not has_views()
+    assert not has_qlinear()
 
 
 @needs_views
@@ -173,14 +173,31 @@ def test_a_view_that_shows_another_weight_is_not_used(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(onednn, "_Views", Untrue)
 
-    assert not has_views()
+    assert not has_qlinear()
+
+
+@needs_views
+@pytest.mark.usefixtures("_learnt_anew")
+@pytest.mark.parametrize("fault", ["refuses int8", "wrong sums"])
+def test_a_kernel_that_cannot_is_not_used(fault: str, monkeypatch: pytest.MonkeyPatch):
+    """Torch 2.6 has the views, and a kernel that takes uint8 alone."""
+    product = onednn._product
+
+    def faulty(view: Tensor, q: Tensor, factor: Tensor) -> Tensor:
+        if fault == "refuses int8":
+            raise RuntimeError("qlinear with mkldnn tensor: data type of input should be uint8 (unsigned char).")
+        return product(view, q, factor) + 1
+
+    monkeypatch.setattr(onednn, "_product", faulty)
+
+    assert not has_qlinear()
 
 
 @pytest.mark.usefixtures("_learnt_anew")
 def test_a_torch_without_the_call_has_no_views(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(torch._C, "_aoti", raising=False)
 
-    assert not has_views()
+    assert not has_qlinear()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +213,7 @@ def test_the_kernel_is_offered_on_matrix_units_alone(
     """Elsewhere the same call takes minutes."""
     monkeypatch.setattr(compute, "has_vnni", lambda: True)
     monkeypatch.setattr(compute, "has_amx", lambda: amx)
-    monkeypatch.setattr(compute, "has_views", lambda: views)
+    monkeypatch.setattr(compute, "has_qlinear", lambda: views)
 
     assert list(fast_kernels(CPU)) == names
 
