@@ -203,7 +203,7 @@ def test_a_torch_without_the_call_has_no_views(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("amx", "views", "names"),
     [
-        (True, True, ["torch._int_mm", "oneDNN's qlinear"]),
+        (True, True, ["oneDNN's qlinear"]),
         *((amx, views, ["torch._int_mm"]) for amx, views in ((True, False), (False, True))),
     ],
 )
