@@ -7,7 +7,7 @@ So an MKLDNN tensor is made here that is a view, by the call with which torch's 
 and a serialised memory descriptor.
 
 That descriptor is oneDNN's own structure, with no promise to stay as it is. It is learnt from tensors that torch makes,
-and used only if it tells all that is expected and a weight read through it is the weight.
+and used only if it tells all that is expected, a weight read through it is the weight, and a product by it is right.
 """
 
 from __future__ import annotations
@@ -106,8 +106,11 @@ class _Views:
         self._delete = library.aoti_torch_delete_tensor_object
         self._delete.argtypes = [ctypes.c_void_p]
         # Whether taking a tensor over leaves the handle's own reference, for all that the call is named.
-        probe: Any = self._taken_over(self._handle(torch.zeros(8, 8, dtype=torch.int8)))
+        handle = self._handle(torch.zeros(8, 8, dtype=torch.int8))
+        probe: Any = self._taken_over(handle)
         self._is_left = probe._use_count() > 1
+        if self._is_left:
+            self._delete(handle)
 
     def transposed(self, weight: Tensor) -> Tensor:
         """weight (N, K) int8, row by row -> an MKLDNN tensor (K, N) of the same memory, which must outlive it."""
