@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .half_kernels import has_half_kernels
 from .int8_matmul import Int8Matmul, QuantizedRows, multiply, quantize_rows, rows_at_a_time
 from .scratch import Scratch
 
@@ -382,19 +383,7 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.float32 if _lacks_kernel(x) else x.dtype
+        lacks_kernel = x.device.type == "cpu" and x.dtype.itemsize == 2 and not has_half_kernels(x.dtype)
+        dtype = torch.float32 if lacks_kernel else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
-
-
-def _lacks_kernel(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _CPU_KERNELS and not _CPU_KERNELS[x.dtype]()
-
-
-@lru_cache
-def _onednn_has(kind: str) -> bool:
-    # Names torch keeps private; without them fp32 is always right.
-    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", lambda: False)())
-
-
-_CPU_KERNELS = {torch.bfloat16: lambda: _onednn_has("bf16"), torch.float16: lambda: _onednn_has("fp16")}

@@ -122,7 +122,7 @@ class StreamedWeights:
         for tiling in tilings(self._config, work):
             activations = device_activations(self._config, work, tiling)
             phase = f"{work.width}x{work.height}"
-            demand = PhaseDemand(phase, self._blocks, seconds, activations, self._once, work.host_bytes, work.computed)
+            demand = PhaseDemand(phase, self._blocks, seconds, activations, self._once, work.host_bytes, work.to_align)
             try:
                 self._streamer.require_room(self._checkpoint, demand)
             except BudgetError as error:

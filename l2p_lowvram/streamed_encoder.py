@@ -15,6 +15,7 @@ from offload import Block, Checkpoint, CheckpointError
 from .config import TextEncoderConfig
 from .encoder import read_encoder_layout
 from .estimates import CPU_FLOPS
+from .half_kernels import minding_address
 from .streaming import PhaseDemand, Streamer, WeightStream
 from .text import TextEncoder
 from .weights import check_scales, lent, mark_quantized
@@ -125,5 +126,5 @@ class StreamedTextEncoder:
             seconds,
             activations,
             once=[block.name for block in self._blocks],
-            computed=frozenset({self.dtype}),
+            to_align=minding_address({self.dtype}),
         )

@@ -106,8 +106,7 @@ class PhaseDemand:
 
     phase: for reports and messages. seconds: rough compute time per visit of each block. activations: peak
     bytes beside the weights. once: blocks visited at the start only, the others round and round. host_bytes:
-    taken in host memory beside a device. computed: dtypes of activations; weights of another one are converted
-    before they are multiplied.
+    taken in host memory beside a device. to_align: dtypes of weights that a CPU's kernels want aligned; None: all.
     """
 
     phase: str
@@ -116,17 +115,17 @@ class PhaseDemand:
     activations: int
     once: Collection[str] = ()
     host_bytes: int = 0
-    computed: frozenset[torch.dtype] | None = None
+    to_align: frozenset[torch.dtype] | None = None
 
     @property
     def copied_share(self) -> float:
         """Of the blocks' bytes, what visits of the mapped file would copy."""
-        copied = sum(copied_bytes(block, self.computed) for block in self.blocks)
+        copied = sum(copied_bytes(block, self.to_align) for block in self.blocks)
         return copied / max(sum(block.nbytes for block in self.blocks), 1)
 
     def with_copies(self) -> PhaseDemand:
         """Its activations, and what one visit of the mapped file copies."""
-        most = max((copied_bytes(block, self.computed) for block in self.blocks), default=0)
+        most = max((copied_bytes(block, self.to_align) for block in self.blocks), default=0)
         return replace(self, activations=self.activations + most)
 
     def costs(self) -> list[BlockCost]:
@@ -364,7 +363,7 @@ class Streamer:
                     plan,
                     once=demand.once,
                     keep_cache=self._keeps_cache(demand, plan),
-                    computed=demand.computed,
+                    to_align=demand.to_align,
                 )
             )
             stream = WeightStream(

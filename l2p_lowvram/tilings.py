@@ -17,6 +17,7 @@ from .config import IMAGE_CHANNELS, ModelConfig
 from .decoder_memory import choose_plan
 from .decoder_plan import DecoderJob, DecoderPlan, overhead
 from .devices import stream_dtype
+from .half_kernels import minding_address
 from .model import padded_length
 from .segment import LEAST_OWN_SEGMENT, reserved_bytes
 from .slicing import SliceSizes
@@ -66,9 +67,10 @@ class PictureWork:
         return stream_dtype(self.dtype).itemsize
 
     @property
-    def computed(self) -> frozenset[torch.dtype]:
-        """Dtypes of activations."""
-        return frozenset({self.dtype, stream_dtype(self.dtype)})
+    def to_align(self) -> frozenset[torch.dtype]:
+        """Dtypes of weights that a CPU's kernels want aligned: those of activations, since others are converted first,
+        where kernels mind."""
+        return minding_address({self.dtype, stream_dtype(self.dtype)})
 
     @property
     def branches(self) -> int:

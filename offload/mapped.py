@@ -92,23 +92,24 @@ class MappedBlocks:
         self.close()
 
 
-def is_used_in_place(source: TensorSource, computed: Collection[torch.dtype] | None = None) -> bool:
+def is_used_in_place(source: TensorSource, to_align: Collection[torch.dtype] | None = None) -> bool:
     """Whether `read_aligned` gives a view of the mapped file."""
     info = source.parts[0].tensor
-    is_multiplied = info.torch_dtype.is_floating_point and (computed is None or info.torch_dtype in computed)
-    return source.is_view and info.offset % (ALIGNMENT if is_multiplied else info.torch_dtype.itemsize) == 0
+    must_align = info.torch_dtype.is_floating_point and (to_align is None or info.torch_dtype in to_align)
+    return source.is_view and info.offset % (ALIGNMENT if must_align else info.torch_dtype.itemsize) == 0
 
 
 def read_aligned(
-    checkpoint: Checkpoint, source: TensorSource, computed: Collection[torch.dtype] | None = None
+    checkpoint: Checkpoint, source: TensorSource, to_align: Collection[torch.dtype] | None = None
 ) -> Tensor:
     """`read_source`, floats that the file does not align copied to where a slot would align them.
 
-    CPU kernels round by address: so the same arithmetic has the same bits here and in a slot. Integers
-    are never computed on as they lie, nor floats of a dtype that is not in `computed` (None: all are).
+    CPU kernels may round by address: so the same arithmetic has the same bits here and in a slot. Products of
+    integers are exact; floats of a dtype that is not in `to_align` (None: all are) are converted first, or multiplied
+    by kernels that do not mind.
     """
     tensor = read_source(checkpoint, source)
-    if is_used_in_place(source, computed) or not tensor.dtype.is_floating_point or tensor.numel() == 0:
+    if is_used_in_place(source, to_align) or not tensor.dtype.is_floating_point or tensor.numel() == 0:
         return tensor
     if tensor.data_ptr() % ALIGNMENT == 0:
         return tensor

@@ -44,7 +44,7 @@ class PagedBlocks(Visits[int]):
     with paged.visit("layers.3") as weights: name -> tensor on the CPU, valid until the visit ends
 
     Tensors are read-only views of the mapped file; copied are those put together from parts, and floats of a dtype in
-    `computed` (None: any) that the file does not align, so that kernels give them the bits of a slot. See
+    `to_align` (None: any) that the file does not align, so that kernels which mind give them the bits of a slot. See
     `copied_bytes`. plan: made with those bytes set aside; its tiers say what stays, its ring how much is mapped
     besides. `once`, `keep_cache` and the order of visits are those of `Ring`.
 
@@ -63,7 +63,7 @@ class PagedBlocks(Visits[int]):
         *,
         once: Collection[str] = (),
         keep_cache: bool = False,
-        computed: Collection[torch.dtype] | None = None,
+        to_align: Collection[torch.dtype] | None = None,
     ) -> None:
         """Raises OSError where a file cannot be opened again."""
         super().__init__(Rounds([block.name for block in blocks], once))
@@ -72,9 +72,9 @@ class PagedBlocks(Visits[int]):
         self._checkpoint = checkpoint
         self._blocks = list(blocks)
         self._keep_cache = keep_cache
-        self._computed = computed
+        self._to_align = to_align
         self._window = plan.ring_bytes
-        self._copies = aligned_buffer(max((copied_bytes(block, computed) for block in blocks), default=0))
+        self._copies = aligned_buffer(max((copied_bytes(block, to_align) for block in blocks), default=0))
         self._staying = {self._rounds.index[name] for name, tier in plan.tiers.items() if tier is Tier.DEVICE}
         self._brought: set[int] = set()  # of those that stay
         self._reading_since: float | None = None
@@ -122,7 +122,7 @@ class PagedBlocks(Visits[int]):
         """Views, and in the room for them the copies."""
         weights, used = {}, 0
         for source in block.sources:
-            if is_used_in_place(source, self._computed):
+            if is_used_in_place(source, self._to_align):
                 weights[source.name] = read_source(self._checkpoint, source)
                 continue
             nbytes = block.layout.tensors[source.name].nbytes
@@ -263,10 +263,10 @@ def _pieces(block: Block) -> Iterator[Extent]:
             offset = stop
 
 
-def copied_bytes(block: Block, computed: Collection[torch.dtype] | None = None) -> int:
+def copied_bytes(block: Block, to_align: Collection[torch.dtype] | None = None) -> int:
     """Room that a visit of a mapped block takes for copies, alignment included."""
     return sum(
         aligned(block.layout.tensors[source.name].nbytes)
         for source in block.sources
-        if not is_used_in_place(source, computed)
+        if not is_used_in_place(source, to_align)
     )

@@ -119,9 +119,9 @@ def test_a_visit_lends_views_of_the_file_and_copies_only_what_kernels_need_align
     block, norm = blocks[2], checkpoint.tensor("2.norm")
     assert norm.data_ptr() % 256
 
-    for computed, is_copied in ((None, True), ({torch.bfloat16}, True), ({torch.float32}, False)):
+    for to_align, is_copied in ((None, True), ({torch.bfloat16}, True), ({torch.float32}, False)):
         with (
-            PagedBlocks(checkpoint, blocks, tight(blocks), computed=computed) as paged,
+            PagedBlocks(checkpoint, blocks, tight(blocks), to_align=to_align) as paged,
             paged.visit(block.name) as weights,
         ):
             assert weights["weight"].data_ptr() == checkpoint.tensor("2.weight").data_ptr()
@@ -129,8 +129,8 @@ def test_a_visit_lends_views_of_the_file_and_copies_only_what_kernels_need_align
             assert (weights["norm"].data_ptr() != norm.data_ptr()) == is_copied
             assert is_copied == (weights["norm"].data_ptr() % 256 == 0)
             # The scales are fp32.
-            scale = checkpoint.tensor("2.scale").nbytes if computed != {torch.bfloat16} else 0
-            assert copied_bytes(block, computed) == scale + is_copied * 256
+            scale = checkpoint.tensor("2.scale").nbytes if to_align != {torch.bfloat16} else 0
+            assert copied_bytes(block, to_align) == scale + is_copied * 256
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])

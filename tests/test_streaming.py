@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import offload.cuda
@@ -114,6 +115,30 @@ def test_every_budget_and_every_way_of_reading_give_the_same_bits(model: Path, i
         assert plan.device_bytes <= streamer.options.ram
         assert extra or plan.count(Tier.DEVICE) == 0
         assert extra < 1 << 40 or plan.count(Tier.DISK) == len(visited_once(model))
+
+
+@pytest.mark.parametrize("begin", [0, 2, 8, 24])
+def test_half_precision_computed_where_a_file_has_it_has_the_bits_of_slots(
+    model: Path, tmp_path: Path, begin: int
+) -> None:
+    """begin: where the data begin, in bytes after a multiple of 256."""
+    half = tmp_path / "half.safetensors"
+    with Checkpoint.open(model) as checkpoint:
+        save_file(
+            {name: checkpoint.tensor(name).bfloat16() for name in checkpoint.tensors},
+            half,
+            metadata=dict(checkpoint.metadata),
+        )
+    written = half.read_bytes()
+    header = written[8 : 8 + int.from_bytes(written[:8], "little")]
+    padded = header + b" " * ((begin - 8 - len(header)) % 256)
+    half.write_bytes(len(padded).to_bytes(8, "little") + padded + written[8 + len(header) :])
+
+    def picture(io: str) -> Tensor:
+        with L2PPipeline.from_pretrained(half, device="cpu", dtype="bf16", io=io, ram=1 << 40) as pipe:
+            return pipe(**PROMPT, **FAST).images
+
+    assert torch.equal(picture("mmap"), picture("read"))
 
 
 def visited_once(model: Path) -> frozenset[str]:
