@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from limited import as_command_line
 from results import Figure, at_least, finish, parser
 from torch import Tensor
 
@@ -230,5 +231,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    as_command_line()
     with torch.inference_mode():
         main()

@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2p_lowvram.cli import OPENMP
+from l2p_lowvram.library_settings import settings
 
 _MOUNT = Path("/sys/fs/cgroup")
 # When the parent started the process, on the clock of time.perf_counter (one for all processes on Linux).
 STARTED = "BENCHMARK_STARTED"
+
+
+def as_command_line() -> None:
+    """Start this script anew, unless its libraries were told what the command line tells them."""
+    missing = settings(os.environ)
+    if missing:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
 
 
 def drop_cache(files: Iterable[Path]) -> None:
@@ -155,7 +162,7 @@ def measured(
 ) -> dict[str, Any]:
     """Run a Python script and return the JSON object of its last line, with "group" and "group_peak_bytes" added.
 
-    OpenMP's threads wait as under the command line. disk: for `disk_group`.
+    OpenMP and torch are told what the command line tells them. disk: for `disk_group`.
     """
     with memory_group(limit) as group, disk_group(*(disk or (None, Path()))) as slowed:
 
@@ -164,8 +171,8 @@ def measured(
             slowed.enter()
 
         variables = {
-            **OPENMP,
             **os.environ,
+            **settings(os.environ),
             **(environment or {}),
             STARTED: str(time.perf_counter()),
         }

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from limited import as_command_line
 from results import Figure, at_most, finish, parser
 from torch import Tensor
 
@@ -81,5 +82,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    as_command_line()
     torch.set_grad_enabled(False)
     main()

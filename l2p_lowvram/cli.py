@@ -32,6 +32,7 @@ from . import __version__
 from .choices import AUTO, COMPUTE_CHOICES, DTYPE_CHOICES, IO_CHOICES
 from .config import MAX_COUNT
 from .console import lost_output, open_standard_descriptors, print_line, say
+from .library_settings import tell_libraries
 from .quantize import add_dequantize, add_quantize
 from .user_input import InputError, one_line, user_input
 
@@ -76,10 +77,6 @@ examples:
 {EXIT_CODES} (2 also for a file that is refused)"""
 
 
-# Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that read
-# weights, and lose far more by it than waking up takes; GNU's do so for some microseconds, which bridges the gap
-# between two layers' slices.
-OPENMP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
 # Arguments that name files or folders.
 _NAMES = ("model", "text_encoder", "tokenizer", "prompt_file", "image", "output", "preview", "report", "file")
 
@@ -87,8 +84,7 @@ _NAMES = ("model", "text_encoder", "tokenizer", "prompt_file", "image", "output"
 def entry() -> NoReturn:
     """The console script."""
     open_standard_descriptors()
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.update(OPENMP)
+    tell_libraries()
     signal.signal(signal.SIGTERM, _terminated)
     # A terminal that was closed; not under nohup, which has it ignored.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:

@@ -1484,19 +1484,60 @@ def test_under_nohup_a_closed_terminal_stays_ignored(monkeypatch: pytest.MonkeyP
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_leave_the_processor_to_those_that_read(
-    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch, signals_as_before: None
+@pytest.mark.parametrize(
+    ("name", "before", "after", "beside"),
+    [
+        ("OMP_WAIT_POLICY", None, "PASSIVE", "GOMP_SPINCOUNT"),
+        ("OMP_WAIT_POLICY", "ACTIVE", "ACTIVE", None),
+        ("THP_MEM_ALLOC_ENABLE", None, "1", None),
+        ("THP_MEM_ALLOC_ENABLE", "0", "0", "GOMP_SPINCOUNT"),
+    ],
+)
+def test_libraries_are_told_how_to_wait_and_to_take_huge_pages_unless_the_user_did(
+    name: str,
+    before: str | None,
+    after: str,
+    beside: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    signals_as_before: None,
 ) -> None:
-    environment = {} if before is None else {"OMP_WAIT_POLICY": before}
+    """beside: another variable that is set."""
+    environment = {} if before is None else {name: before}
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(cli, "main", lambda: 0)
 
     with pytest.raises(SystemExit):
         cli.entry()
 
-    assert environment["OMP_WAIT_POLICY"] == after
-    assert ("GOMP_SPINCOUNT" in environment) == (before is None)
+    assert environment[name] == after
+    assert beside is None or beside in environment
+    assert before != "ACTIVE" or "GOMP_SPINCOUNT" not in environment
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages as Linux has them")
+def test_a_command_has_huge_pages(tmp_path: Path) -> None:
+    """Told before torch makes its first tensor, which it is too late after."""
+    script = (
+        "import sys\n"
+        "from l2p_lowvram import cli\n"
+        "def pages():\n"
+        "    import torch\n"
+        "    tensor = torch.ones(32 << 20, dtype=torch.uint8)\n"
+        "    return sum(int(l.split()[1]) for l in open('/proc/self/smaps') if l.startswith('AnonHugePages'))\n"
+        "cli.main = lambda: print(pages())\n"
+        "cli.entry()\n"
+    )
+
+    def huge(value: str) -> int:
+        environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": value}
+        if not value:
+            del environment["THP_MEM_ALLOC_ENABLE"]
+        return int(subprocess.run([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE).stdout)
+
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("this system gives huge pages to all or to none")
+    assert huge("0") < 16 << 10 <= huge("")  # KiB
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])

@@ -1,0 +1,29 @@
+"""What torch and OpenMP are told through the environment, before they are loaded.
+
+The command line says it for its process; who imports the library and wants the same sets it before Python starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+
+# Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that read
+# weights, and lose far more by it than waking up takes; GNU's do so for some microseconds, which bridges the gap
+# between two layers' slices.
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+# Read by torch with its first tensor: host memory of 2 MiB and more may have huge pages. What a layer makes is new
+# memory each time, which then takes one fault and one entry in the page tables where it took 512.
+_HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """What is to be added to `environment`. Of variables that go together, the user's own keep ours out."""
+    groups = (_WAITING, _HUGE_PAGES)
+    return {name: value for group in groups if next(iter(group)) not in environment for name, value in group.items()}
+
+
+def tell_libraries(environment: MutableMapping[str, str] | None = None) -> None:
+    """Add the settings to the environment, by default the process's. Too late once torch is loaded."""
+    place = os.environ if environment is None else environment
+    place.update(settings(place))
