@@ -38,7 +38,7 @@ from l2p_lowvram.slicing import SliceSizes
 CONFIG = PUBLISHED["1k"]
 SLICES = SliceSizes(tokens=2112, queries=16384, heads=15)  # a CPU's first choice
 JUDGED_TOKENS = 1024
-RUNS = 3
+RUNS = 7
 WHAT = ("five linear layers", "block")
 
 

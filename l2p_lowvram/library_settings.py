@@ -9,9 +9,9 @@ import os
 from collections.abc import Mapping, MutableMapping
 
 # Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that read
-# weights, and lose far more by it than waking up takes; GNU's do so for some microseconds, which bridges the gap
-# between two layers' slices.
-_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+# weights, and lose far more by it than waking up takes; GNU's do so for up to a millisecond, which bridges the gap
+# between two layers.
+_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
 # Read by torch with its first tensor: host memory of 2 MiB and more may have huge pages. What a layer makes is new
 # memory each time, which then takes one fault and one entry in the page tables where it took 512.
 _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
