@@ -39,11 +39,11 @@ def _may_mind(dtype: torch.dtype) -> bool:
 def is_same_everywhere(dtype: torch.dtype) -> bool:
     """Whether products with a weight have the same bits wherever between two cache lines it begins."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_OUTPUTS, _COLUMNS, generator=generator).to(dtype)
-    room = torch.empty(weight.nbytes + 2 * _BOUNDARY, dtype=torch.uint8)
+    weight = torch.randn(_OUTPUTS, _COLUMNS, generator=generator, device="cpu").to(dtype)
+    room = torch.empty(weight.nbytes + 2 * _BOUNDARY, dtype=torch.uint8, device="cpu")
     first = -room.data_ptr() % _BOUNDARY
     for count in (1, _ROWS):
-        x = torch.randn(count, _COLUMNS, generator=generator).to(dtype)
+        x = torch.randn(count, _COLUMNS, generator=generator, device="cpu").to(dtype)
         products = set()
         for offset in range(first, first + _BOUNDARY, dtype.itemsize):
             moved = room[offset : offset + weight.nbytes].view(dtype).view_as(weight).copy_(weight)

@@ -126,5 +126,5 @@ class StreamedTextEncoder:
             seconds,
             activations,
             once=[block.name for block in self._blocks],
-            to_align=minding_address({self.dtype}),
+            to_align=minding_address({self.dtype}) if self.device.type == "cpu" else None,
         )

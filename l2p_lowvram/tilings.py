@@ -69,8 +69,9 @@ class PictureWork:
     @property
     def to_align(self) -> frozenset[torch.dtype]:
         """Dtypes of weights that a CPU's kernels want aligned: those of activations, since others are converted first,
-        where kernels mind."""
-        return minding_address({self.dtype, stream_dtype(self.dtype)})
+        where kernels mind. None are copied for anything but a CPU."""
+        kinds = frozenset({self.dtype, stream_dtype(self.dtype)})
+        return minding_address(kinds) if self.on_cpu else kinds
 
     @property
     def branches(self) -> int:

@@ -69,6 +69,15 @@ def test_and_kernels_that_turn_out_to_mind(unit: int, monkeypatch: pytest.Monkey
     assert minding_address({torch.bfloat16}) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("surroundings", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)])
+def test_a_programs_default_device_and_autocast_change_no_answer(surroundings: Any) -> None:
+    expected = [minding_address({dtype}) for dtype in HALF]
+    half_kernels._may_mind.cache_clear()
+
+    with surroundings:
+        assert [minding_address({dtype}) for dtype in HALF] == expected
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_onednn_is_believed_where_it_multiplies(dtype: torch.dtype) -> None:
     if not has_half_kernels(dtype):
