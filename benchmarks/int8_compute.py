@@ -33,10 +33,11 @@ from l2p_lowvram.int8_matmul import Int8Matmul, in_fp32
 from l2p_lowvram.linear import Linear
 from l2p_lowvram.model import TransformerBlock
 from l2p_lowvram.quantization import Scheme
-from l2p_lowvram.slicing import SliceSizes
+from l2p_lowvram.tilings import PictureWork, tilings
 
 CONFIG = PUBLISHED["1k"]
-SLICES = SliceSizes(tokens=2112, queries=16384, heads=15)  # a CPU's first choice
+# A CPU's first choice.
+SLICES = next(tilings(CONFIG, PictureWork(1024, 1024, 1, False, 64, torch.bfloat16, on_cpu=True))).sizes
 JUDGED_TOKENS = 1024
 RUNS = 7
 WHAT = ("five linear layers", "block")
