@@ -6,7 +6,7 @@ The command line says it for its process; who imports the library and wants the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
 # Read by OpenMP when torch is loaded. Threads that spin while they wait take the processor from those that read
 # weights, and lose far more by it than waking up takes; GNU's do so for up to a millisecond, which bridges the gap
@@ -18,12 +18,11 @@ _HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """What is to be added to `environment`. Of variables that go together, the user's own keep ours out."""
+    """What is to be added to `environment`. Of variables that go together, one of the user's own keeps ours out."""
     groups = (_WAITING, _HUGE_PAGES)
-    return {name: value for group in groups if next(iter(group)) not in environment for name, value in group.items()}
+    return {name: value for group in groups if group.keys().isdisjoint(environment) for name, value in group.items()}
 
 
-def tell_libraries(environment: MutableMapping[str, str] | None = None) -> None:
-    """Add the settings to the environment, by default the process's. Too late once torch is loaded."""
-    place = os.environ if environment is None else environment
-    place.update(settings(place))
+def tell_libraries() -> None:
+    """Add the settings to the process's environment. Too late once torch is loaded."""
+    os.environ.update(settings(os.environ))
