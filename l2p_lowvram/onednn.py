@@ -60,7 +60,7 @@ def _learn() -> _Descriptor:
 
 
 def _serialised(rows: int, columns: int) -> bytes:
-    matrix = torch.zeros(rows, columns, dtype=torch.int8).to_mkldnn()
+    matrix = torch.zeros(rows, columns, dtype=torch.int8, device="cpu").to_mkldnn()
     return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(matrix).tolist())
 
 
@@ -106,7 +106,7 @@ class _Views:
         self._delete = library.aoti_torch_delete_tensor_object
         self._delete.argtypes = [ctypes.c_void_p]
         # Whether taking a tensor over leaves the handle's own reference, for all that the call is named.
-        handle = self._handle(torch.zeros(8, 8, dtype=torch.int8))
+        handle = self._handle(torch.zeros(8, 8, dtype=torch.int8, device="cpu"))
         probe: Any = self._taken_over(handle)
         self._is_left = probe._use_count() > 1
         if self._is_left:
@@ -143,7 +143,7 @@ class _Views:
 
 def _product(view: Tensor, q: Tensor, factor: Tensor) -> Tensor:
     """q (M, K) times an MKLDNN tensor (K, N), both int8, times factor (N) or (1) -> (M, N) in fp32."""
-    zero = torch.zeros(1, dtype=torch.int64)
+    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     result: Tensor = torch.ops.onednn.qlinear_pointwise(
         *(q, 1.0, 0),
         *(view, factor, zero, None),
@@ -156,11 +156,11 @@ def _product(view: Tensor, q: Tensor, factor: Tensor) -> Tensor:
 @lru_cache
 def _views() -> _Views | None:
     """None where this torch has no such views or no such kernel, or they do not show and make what they should."""
-    weight = torch.arange(-48, 48, dtype=torch.int8).view(8, 12)
+    weight = torch.arange(-48, 48, dtype=torch.int8, device="cpu").view(8, 12)
     try:
         views = _Views()
         view = views.transposed(weight)
-        shown, sums = view.to_dense(), _product(view, weight[:5], torch.ones(1))
+        shown, sums = view.to_dense(), _product(view, weight[:5], torch.ones(1, device="cpu"))
     except (OSError, AttributeError, RuntimeError, TypeError, ValueError):
         return None
     right = torch.equal(shown, weight.T) and torch.equal(sums, weight[:5].float() @ weight.float().T)
@@ -180,7 +180,7 @@ class Qlinear:
 
     def __call__(self, q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
         """Never into `out`, which the kernel cannot."""
-        return self.scaled(q, w, torch.ones(1, 1))
+        return self.scaled(q, w, torch.ones(1, 1, device=q.device))
 
     def scaled(self, q: Tensor, w: Tensor, factor: Tensor) -> Tensor:
         views = _views()

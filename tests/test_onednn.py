@@ -193,6 +193,17 @@ def test_a_kernel_that_cannot_is_not_used(fault: str, monkeypatch: pytest.Monkey
     assert not has_qlinear()
 
 
+@needs_amx
+@pytest.mark.usefixtures("_learnt_anew")
+def test_a_programs_default_device_changes_nothing():
+    q, weight = int8(20, 64, seed=1), int8(96, 64)
+    expected = in_fp32(q, weight).float()
+
+    with torch.device("meta"):
+        assert has_qlinear()
+        assert torch.equal(by_qlinear(q, weight), expected)
+
+
 @pytest.mark.usefixtures("_learnt_anew")
 def test_a_torch_without_the_call_has_no_views(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(torch._C, "_aoti", raising=False)
