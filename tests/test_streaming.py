@@ -18,12 +18,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import offload.cuda
-from l2p_lowvram import L2PPipeline, cli, images, linear, sampling, selftest, streaming
+from l2p_lowvram import L2PPipeline, cli, half_kernels, images, linear, sampling, selftest, streaming
 from l2p_lowvram.estimates import CONTEXT_BYTES, WORKSPACE_BYTES
 from l2p_lowvram.layout import read_layout
 from l2p_lowvram.model import L2PTransformer
@@ -122,7 +123,35 @@ def test_half_precision_computed_where_a_file_has_it_has_the_bits_of_slots(
     model: Path, tmp_path: Path, begin: int
 ) -> None:
     """begin: where the data begin, in bytes after a multiple of 256."""
-    half = tmp_path / "half.safetensors"
+    half = half_precision(model, tmp_path, begin)
+
+    assert torch.equal(picture_in_bf16(half, "mmap"), picture_in_bf16(half, "read"))
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_kernels_that_round_by_address_are_noticed_and_would_change_the_picture(
+    model: Path, tmp_path: Path, is_noticed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, whole = half_precision(model, tmp_path, begin=24), F.linear
+
+    def minding(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return whole(x, weight, bias) * (1.25 if weight.data_ptr() % 64 else 1)
+
+    monkeypatch.setattr(F, "linear", minding)
+    asked = half_kernels._may_mind.__wrapped__ if is_noticed else lambda dtype: dtype == torch.float32
+    monkeypatch.setattr(half_kernels, "_may_mind", asked)
+
+    assert torch.equal(picture_in_bf16(half, "mmap"), picture_in_bf16(half, "read")) == is_noticed
+
+
+def picture_in_bf16(model: Path, io: str) -> Tensor:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="bf16", io=io, ram=1 << 40) as pipe:
+        return pipe(**PROMPT, **FAST).images
+
+
+def half_precision(model: Path, folder: Path, begin: int) -> Path:
+    """The same model in bf16, its data `begin` bytes after a multiple of 256."""
+    half = folder / "half.safetensors"
     with Checkpoint.open(model) as checkpoint:
         save_file(
             {name: checkpoint.tensor(name).bfloat16() for name in checkpoint.tensors},
@@ -133,12 +162,7 @@ def test_half_precision_computed_where_a_file_has_it_has_the_bits_of_slots(
     header = written[8 : 8 + int.from_bytes(written[:8], "little")]
     padded = header + b" " * ((begin - 8 - len(header)) % 256)
     half.write_bytes(len(padded).to_bytes(8, "little") + padded + written[8 + len(header) :])
-
-    def picture(io: str) -> Tensor:
-        with L2PPipeline.from_pretrained(half, device="cpu", dtype="bf16", io=io, ram=1 << 40) as pipe:
-            return pipe(**PROMPT, **FAST).images
-
-    assert torch.equal(picture("mmap"), picture("read"))
+    return half
 
 
 def visited_once(model: Path) -> frozenset[str]:
