@@ -24,7 +24,7 @@ def as_command_line() -> None:
     """Start this script anew, unless its libraries were told what the command line tells them."""
     missing = settings(os.environ)
     if missing:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
 
 
 def drop_cache(files: Iterable[Path]) -> None:
