@@ -92,8 +92,13 @@ def jobs(block: TransformerBlock, way: Way, tokens: int) -> tuple[Callable[[], o
 
     def multiply() -> None:
         attention, feed_forward = block.attention, block.feed_forward
+        for rows in qkv_rows():
+            projections = attention.qkv.rows(rows, way.dtype, tokens)
+            for part in x.split(SLICES.tokens, 1):
+                read = attention.qkv.read(part)
+                for project in projections:
+                    project(read)
         for part, wide in zip(x.split(SLICES.tokens, 1), hidden.split(SLICES.tokens, 1), strict=True):
-            attention.qkv(part)
             attention.out(part)
             read = feed_forward.w1.read(part)  # for two layers, as in the block
             feed_forward.w1(read)
@@ -101,6 +106,16 @@ def jobs(block: TransformerBlock, way: Way, tokens: int) -> tuple[Callable[[], o
             feed_forward.w2(wide)
 
     return multiply, lambda: block.update_(x, rope, embedding, SLICES.slices())
+
+
+def qkv_rows() -> list[list[slice]]:
+    """Of the fused projection, for each group of heads in turn: rows of q, of k and of v."""
+    group = SLICES.heads * CONFIG.head_dim
+    starts = range(0, CONFIG.dim, group)
+    return [
+        [slice(part * CONFIG.dim + at, part * CONFIG.dim + min(at + group, CONFIG.dim)) for part in range(3)]
+        for at in starts
+    ]
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .choices import AUTO, COMPUTE_CHOICES, DEQUANT, INT8
 from .int8_matmul import Int8Matmul, by_int_mm, in_fp32
 from .linear import Linear
-from .onednn import by_qlinear, has_qlinear
+from .onednn import by_onednn, multiplies
 from .profiles import run_seconds
 
 # By which INT8 must win before `auto` takes it: it costs accuracy, and what a disturbed measurement could turn
@@ -98,7 +98,7 @@ def _dequant_reason(asked: str, device: torch.device, dtype: torch.dtype, size: 
         return "as asked for" if asked == DEQUANT else None
     if size.columns < _LEAST_COLUMNS:
         return f"layers of {size.columns} columns gain nothing in INT8"
-    if device.type == "cpu" and dtype == torch.bfloat16 and has_amx() and not has_qlinear():
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_amx() and not multiplies(torch.int8):
         # A measured ratio of the kernel left lies on either side of the margin from one run to the next.
         return "this CPU's matrix units are nearly as fast in bf16"
     return None if fast_kernels(device) else f"no INT8 kernel for {_named(device)}"
@@ -117,9 +117,9 @@ def fast_kernels(device: torch.device) -> Mapping[str, Int8Matmul]:
     """Kernels that may be faster than dequantised weights on a device, by name; none where there are none."""
     if device.type != "cuda" and not (device.type == "cpu" and has_vnni()):
         return {}
-    if device.type == "cpu" and has_amx() and has_qlinear():
+    if device.type == "cpu" and multiplies(torch.int8):
         # Alone: beside other programs a measurement could prefer the slower one.
-        return {"oneDNN's qlinear": by_qlinear}
+        return {"oneDNN's own": by_onednn}
     return {"torch._int_mm": by_int_mm}
 
 

@@ -42,11 +42,12 @@ class Int8Matmul(Protocol):
 
 
 @runtime_checkable
-class ScalingMatmul(Int8Matmul, Protocol):
-    """One whose kernel scales the outputs as it writes them."""
+class WritingMatmul(Int8Matmul, Protocol):
+    """One whose kernel scales the outputs and rounds them as it writes them."""
 
-    def scaled(self, q: Tensor, w: Tensor, factor: Tensor) -> Tensor:
-        """(q w^T) * factor, (M, N) in fp32, rounded after the sum and after the product. factor (1, 1) or (1, N)."""
+    def write(self, out: Tensor, q: Tensor, row_scale: Tensor, w: Tensor, scale: Tensor) -> None:
+        """out (M, N) := (q w^T) * scale * row_scale, in fp32 until it is written. scale (1, 1) or (N, 1), row_scale
+        (M, 1)."""
 
 
 class Rotates(Protocol):
@@ -127,9 +128,20 @@ def multiply(matmul: Int8Matmul, x: QuantizedRows, weight: Tensor, scale: Tensor
     """
     count, outputs = x.values.shape[0], weight.shape[0]
     result = torch.empty(count, outputs, dtype=x.source.dtype, device=weight.device)
+    if isinstance(matmul, WritingMatmul) and bias is None:
+        matmul.write(result, x.values, x.scale, weight, scale)
+    else:
+        _multiply_in_tiles(matmul, result, x, weight, scale, bias)
+    return result.view(*x.source.shape[:-1], outputs)
+
+
+def _multiply_in_tiles(
+    matmul: Int8Matmul, result: Tensor, x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> None:
+    count, outputs = result.shape
     height, width = tile_shape(count, slice_bytes(weight.device))
-    scales = isinstance(matmul, ScalingMatmul)
-    buffer = torch.empty(0 if scales else height * min(width, outputs), dtype=torch.int32, device=weight.device)
+    scale_into = _scale_in_cache if weight.device.type == "cpu" else _scale_at_once
+    buffer = torch.empty(height * min(width, outputs), dtype=torch.int32, device=weight.device)
     for start in range(0, outputs, width):
         columns = slice(start, start + width)
         factor = (scale if scale.shape[0] == 1 else scale[columns]).T
@@ -137,15 +149,9 @@ def multiply(matmul: Int8Matmul, x: QuantizedRows, weight: Tensor, scale: Tensor
         for top in range(0, count, height):
             rows = slice(top, top + height)
             tile = result[rows, columns]
-            if isinstance(matmul, ScalingMatmul):
-                sums = matmul.scaled(x.values[rows], weight[columns], factor)
-                _scale_in_cache(tile, sums, x.scale[rows], None, added)
-            else:
-                sums = matmul(x.values[rows], weight[columns], buffer[: tile.numel()].view(tile.shape))
-                scale_into = _scale_in_cache if tile.device.type == "cpu" else _scale_at_once
-                scale_into(tile, sums, x.scale[rows], factor, added)
+            sums = matmul(x.values[rows], weight[columns], buffer[: tile.numel()].view(tile.shape))
+            scale_into(tile, sums, x.scale[rows], factor, added)
             del sums  # where they are not the buffer: before the next tile's exist
-    return result.view(*x.source.shape[:-1], outputs)
 
 
 def _scale_at_once(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor, bias: Tensor | None) -> None:
@@ -160,8 +166,8 @@ def _scale_at_once(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor,
         out.copy_(scaled.mul_(row_scale).add_(bias))
 
 
-def _scale_in_cache(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor | None, bias: Tensor | None) -> None:
-    """`_scale_at_once` for CPUs, to the same bits. factor: None where sums have it.
+def _scale_in_cache(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor, bias: Tensor | None) -> None:
+    """`_scale_at_once` for CPUs, to the same bits.
 
     One plain operation after the other, since torch copies the operands of one that mixes dtypes there; and a few
     rows at a time, which stay in the cache.
@@ -170,9 +176,7 @@ def _scale_in_cache(out: Tensor, sums: Tensor, row_scale: Tensor, factor: Tensor
     for start in range(0, sums.shape[0], step):
         part = sums[start : start + step]
         scaled = part if part.dtype == torch.float32 else part.view(torch.float32).copy_(part)
-        if factor is not None:
-            scaled.mul_(factor)
-        scaled.mul_(row_scale[start : start + step])
+        scaled.mul_(factor).mul_(row_scale[start : start + step])
         out[start : start + step] = scaled if bias is None else scaled.add_(bias)
 
 

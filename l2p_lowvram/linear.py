@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .half_kernels import has_half_kernels
 from .int8_matmul import Int8Matmul, QuantizedRows, multiply, quantize_rows, rows_at_a_time
+from .onednn import multiplies, multiply_into
 from .scratch import Scratch
 
 REGULAR, SYLVESTER = "regular", "sylvester"
@@ -32,6 +33,10 @@ DEVICE_SLICE_BYTES = 16 << 20
 # twice as slow with fewer than a thousand.
 _CPU_HALF_BYTES = 25 << 20
 _CPU_HALF_ROWS = 1280
+# Fewest columns of a weight that oneDNN's own interface multiplies: narrower ones would spend their time on calls. And
+# most tokens that it multiplies in half precision with int8 values: it converts these for every few hundred.
+_LEAST_KERNEL_COLUMNS = 512
+_MOST_STORED_TOKENS = 1024
 # Of outputs in fp32 on their way to half precision.
 _CPU_SCALED_BYTES = 2 << 20
 
@@ -57,11 +62,15 @@ def _slice_rows(device: torch.device, columns: int) -> int:
     return max(nbytes // (4 * columns) // 64, 1) * 64
 
 
-def _multiplied_rows(device: torch.device, dtype: torch.dtype, columns: int, outputs: int) -> int:
+def _multiplied_rows(
+    device: torch.device, dtype: torch.dtype, columns: int, outputs: int, writes_scaled: bool = False
+) -> int:
     """Rows that are multiplied at a time: in slices of equal size, where a CPU's matrix units want many."""
     if device.type != "cpu" or dtype.itemsize != 2:
         return _slice_rows(device, columns)
-    most = min(_CPU_HALF_BYTES // (dtype.itemsize * columns), _CPU_HALF_ROWS)
+    most = _CPU_HALF_BYTES // (dtype.itemsize * columns)
+    if not writes_scaled:
+        most = min(most, _CPU_HALF_ROWS)
     parts = -(-outputs // max(most // 64 * 64, 64))
     return -(-outputs // parts // 64) * 64
 
@@ -222,10 +231,13 @@ class Linear(nn.Module):
         # Autograd keeps what it multiplied with: nothing that the next slice overwrites.
         keeps = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         output_scale = None if keeps else self._output_scale(x.device, x.dtype)
+        writes_scaled = output_scale is not None and bias is None and self._has_kernel(x.dtype, x.dtype)
+        if output_scale is not None and bias is None and self._multiplies_stored(x.dtype, x.shape[:-1].numel()):
+            return _linear_scaled(x, self.weight, output_scale)
         # A few rows at a time: the weight never stands dequantised as a whole, and on a CPU the
         # slice is still in the cache when it is multiplied.
         result = x.new_empty(*x.shape[:-1], self.out_features)
-        step = _multiplied_rows(x.device, x.dtype, self.in_features, self.out_features)
+        step = _multiplied_rows(x.device, x.dtype, self.in_features, self.out_features, writes_scaled)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
             out, added = result[..., rows], None if bias is None else bias[rows]
@@ -236,21 +248,28 @@ class Linear(nn.Module):
             self._convert_into(weight, rows, scaled=output_scale is None)
             if output_scale is None:
                 out.copy_(product(x, weight, added))
+            elif writes_scaled:
+                flat = result.view(-1, self.out_features)[:, rows]
+                multiply_into(flat, x.reshape(-1, self.in_features), weight, _of_rows(output_scale, rows))
             else:
                 _write_scaled(out, product(x, weight), _of_rows(output_scale, rows), added)
         return result
 
-    def rows(self, parts: Sequence[slice], dtype: torch.dtype) -> list[Callable[[Tensor | QuantizedRows], Tensor]]:
+    def rows(
+        self, parts: Sequence[slice], dtype: torch.dtype, tokens: int
+    ) -> list[Callable[[Tensor | QuantizedRows], Tensor]]:
         """For each of `parts`, rows of the weight: x, of `dtype` and as from `read`, -> x W[part]^T. No bias.
 
-        Converted rows are converted here, once for many x, and stand in the scratch until another layer, or
-        this one, converts something.
+        tokens: rows of all x together. Converted rows are converted here, once for many x, and stand in the scratch
+        until another layer, or this one, converts something.
         """
         if self.multiplies_int8:
             return [partial(self._multiply_int8, rows=part) for part in parts]
         if self.weight_scale is None and self.weight.dtype == dtype:
             return [partial(product, weight=self.weight[part]) for part in parts]
         scale = self._output_scale(self.weight.device, dtype)
+        if scale is not None and self._multiplies_stored(dtype, tokens):
+            return [partial(_linear_scaled, weight=self.weight[part], scale=_of_rows(scale, part)) for part in parts]
         counts = [len(range(*part.indices(self.out_features))) for part in parts]
         held = self._take(sum(counts), dtype).split(counts)
         for weight, part in zip(held, parts, strict=True):
@@ -274,6 +293,16 @@ class Linear(nn.Module):
         if scale_block(tuple(scale.shape), self.out_features, self.in_features)[1] != self.in_features:
             return None
         return scale.reshape(-1)
+
+    def _has_kernel(self, inputs: torch.dtype, weights: torch.dtype) -> bool:
+        """Whether oneDNN multiplies and scales this layer's int8 values, as they are or converted."""
+        return _is_plain(self.weight) and self.in_features >= _LEAST_KERNEL_COLUMNS and multiplies(inputs, weights)
+
+    def _multiplies_stored(self, dtype: torch.dtype, tokens: int) -> bool:
+        """Whether to multiply so many rows of `dtype` with the int8 values where they lie."""
+        if self.rotation is not None or not self._has_kernel(dtype, torch.int8):
+            return False
+        return dtype == torch.float32 or tokens <= _MOST_STORED_TOKENS
 
     def _multiply_int8(self, x: Tensor | QuantizedRows, rows: slice) -> Tensor:
         if not isinstance(x, QuantizedRows) or x.rotation != self.rotation:
@@ -347,10 +376,22 @@ def _write_scaled(out: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) ->
         out[..., part, :] = values if bias is None else values.add_(bias)
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Subclasses of tensors may have no values, or take part in more than a product."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
+
+
 def _linear_scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    y = product(x, weight)
-    _write_scaled(y, y, scale, None)
-    return y
+    """(x W^T) * scale, scaled in fp32. weight (N, K), of x's dtype or int8 as `multiplies` is true of; scale (N) or
+    (1)."""
+    rows = x.reshape(-1, x.shape[-1])
+    if _is_plain(weight) and weight.shape[1] >= _LEAST_KERNEL_COLUMNS and multiplies(x.dtype, weight.dtype):
+        y = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        multiply_into(y, rows, weight, scale)
+    else:
+        y = F.linear(rows, weight)
+        _write_scaled(y, y, scale, None)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 class RMSNorm(nn.Module):

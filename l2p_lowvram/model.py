@@ -193,7 +193,7 @@ class SelfAttention(nn.Module):
         dim, width = x.shape[-1], x.shape[-1] // self.n_heads
         # Rows of the fused projection: first those of q, then k's, then v's.
         rows = [slice(part * dim + columns.start, part * dim + columns.stop) for part in range(3)]
-        to_q, to_k, to_v = self.qkv.rows(rows, qkv[0].dtype)
+        to_q, to_k, to_v = self.qkv.rows(rows, qkv[0].dtype, x.shape[:-1].numel())
 
         def project(x: Tensor, rope: Tensor) -> tuple[Tensor, ...]:
             h = self.qkv.read(prepare(x))

@@ -1,20 +1,18 @@
-"""INT8 products by the kernel that torch keeps for its own quantised models, on weights as they lie.
+"""Products with INT8 weights as they lie, by the oneDNN that torch carries, asked for by its own C interface.
 
-On CPUs with AMX `torch.ops.onednn.qlinear_pointwise` takes half the time of `torch._int_mm`, whose sums come through
-oneDNN's slower way for int32. But it reads a weight only as an MKLDNN tensor, and torch makes such a tensor by copying
-and turning: 80 ms for the 44 MB that are then multiplied in 20. The kernel itself takes rows as a checkpoint has them.
-So an MKLDNN tensor is made here that is a view, by the call with which torch's compiled models do so: from an address
-and a serialised memory descriptor.
-
-That descriptor is oneDNN's own structure, with no promise to stay as it is. It is learnt from tensors that torch makes,
-and used only if it tells all that is expected, a weight read through it is the weight, and a product by it is right.
+oneDNN multiplies int8 by int8, or floats by int8 that it converts while it packs them, and scales what it writes. Of
+that torch's operations pass on parts: they take weights packed beforehand, or scale in passes over memory of their
+own. The interface is oneDNN's documented one (https://uxlfoundation.github.io/oneDNN, "C API", stable within version
+3). Torch does not export it; where its library has a symbol table (torch's own wheels for Linux do), the functions are
+found by their names. What is found is used only where a product by it is right.
 """
 
 from __future__ import annotations
 
 import ctypes
-import sys
-from dataclasses import dataclass
+import re
+from contextlib import ExitStack
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,171 +20,264 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .int8_matmul import by_int_mm
+from .elf_symbols import function_addresses
 
-# Of tensors that a descriptor is learnt from: numbers that nothing else in it has.
-_LEARNT_SHAPES = ((1009, 2003), (1013, 1999))
-_INT64 = 8
-_WORD = 4  # int64 values stand at multiples of this
+# oneDNN's numbers for what it is told (dnnl_types.h, dnnl_common_types.h).
+_DTYPES = {torch.bfloat16: 2, torch.float32: 3, torch.int8: 5, torch.uint8: 6}
+_CPU, _IN_ORDER, _OWN_SCRATCHPAD = 1, 1, 1
+_STRICT, _IN_BF16, _OF_INTEGERS_TOO = 0, 1, 1  # what a product may be computed in
+_MULTIPLY = 0x1FFF1  # an operation afterwards
+_SOURCE, _OPERAND, _DESTINATION, _WEIGHTS, _SCRATCHPAD, _SCALES, _AFTERWARDS = 1, 2, 17, 33, 80, 4096, 32768
+_NAME, _SCRATCHPAD_OF = 8, 136
+_DIMENSIONS = c_int64 * 12
 
+# By the dtypes of inputs and weights: names of the kernels that are worth calling.
+_FAST_KERNELS = {
+    (torch.int8, torch.int8): re.compile("brg_matmul:.*amx"),
+    (torch.bfloat16, torch.int8): re.compile("brg_matmul:.*amx"),
+    (torch.bfloat16, torch.bfloat16): re.compile("brg_matmul:.*amx"),
+    (torch.float32, torch.int8): re.compile("brg_matmul:avx(512|10)"),
+}
+_REFERENCE = "ref"  # how that one's name begins which takes minutes
+_CAPABILITY = "AVX512"  # which all of them need, in torch's words
+# Of the product by which a kernel is tried.
+_CHECKED_ROWS, _CHECKED_COLUMNS, _CHECKED_OUTPUTS = 48, 96, 80
+# Multiplied at a time: oneDNN's own memory grows with them, to 22 MiB for these.
+_MOST_ROWS = 4096
+_DENSE = torch.contiguous_format
 
-@dataclass(frozen=True)
-class _Descriptor:
-    """A serialised descriptor of a matrix, stored row by row, and where in it its numbers stand, in bytes.
-
-    rows, columns: of each number of rows and columns, as size and as padded size. strides: of a row, then a column.
-    """
-
-    serialised: bytes
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    strides: tuple[int, int]
-
-    def of_transposed(self, rows: int, columns: int) -> bytes:
-        """The descriptor of the transposed view, (columns, rows), of a matrix (rows, columns) stored row by row."""
-        result = bytearray(self.serialised)
-        places = [(place, columns) for place in self.rows] + [(place, rows) for place in self.columns]
-        for place, value in [*places, (self.strides[0], 1), (self.strides[1], columns)]:
-            result[place : place + _INT64] = value.to_bytes(_INT64, sys.byteorder)
-        return bytes(result)
-
-
-def _learn() -> _Descriptor:
-    """Raises ValueError where torch's descriptor is not as expected, RuntimeError or AttributeError without one."""
-    first, second = (_learn_from(*shape) for shape in _LEARNT_SHAPES)
-    if (first.rows, first.columns, first.strides) != (second.rows, second.columns, second.strides):
-        raise ValueError("memory descriptors differ in more than their numbers")
-    return first
-
-
-def _serialised(rows: int, columns: int) -> bytes:
-    matrix = torch.zeros(rows, columns, dtype=torch.int8, device="cpu").to_mkldnn()
-    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(matrix).tolist())
-
-
-def _learn_from(rows: int, columns: int) -> _Descriptor:
-    serialised = _serialised(rows, columns)
-    at_rows, at_columns = _places(serialised, rows), _places(serialised, columns)
-    # Size and padded size; of columns also the stride of a row, before that of a column, which is 1.
-    if len(at_rows) != 2 or at_columns[:2] != tuple(place + _INT64 for place in at_rows) or len(at_columns) != 3:
-        raise ValueError("an unknown memory descriptor")
-    of_row, of_column = at_columns[2], at_columns[2] + _INT64
-    if serialised[of_column : of_column + _INT64] != (1).to_bytes(_INT64, sys.byteorder):
-        raise ValueError("a memory descriptor without strides")
-    return _Descriptor(serialised, at_rows, at_columns[:2], (of_row, of_column))
-
-
-def _places(serialised: bytes, value: int) -> tuple[int, ...]:
-    wanted = value.to_bytes(_INT64, sys.byteorder)
-    places = range(0, len(serialised) - _INT64 + 1, _WORD)
-    return tuple(place for place in places if serialised[place : place + _INT64] == wanted)
+_HANDLE, _NEW = c_void_p, POINTER(c_void_p)
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "engine_create": (_NEW, c_int, c_size_t),
+    "stream_create": (_NEW, _HANDLE, c_uint),
+    "stream_wait": (_HANDLE,),
+    "memory_desc_create_with_strides": (_NEW, c_int, _DIMENSIONS, c_int, _DIMENSIONS),
+    "memory_desc_destroy": (_HANDLE,),
+    "memory_create": (_NEW, _HANDLE, _HANDLE, _HANDLE),
+    "memory_destroy": (_HANDLE,),
+    "primitive_attr_create": (_NEW,),
+    "primitive_attr_destroy": (_HANDLE,),
+    "primitive_attr_set_scratchpad_mode": (_HANDLE, c_int),
+    "primitive_attr_set_scales_mask": (_HANDLE, c_int, c_int),
+    "primitive_attr_set_fpmath_mode_v2": (_HANDLE, c_int, c_int),
+    "primitive_attr_set_post_ops": (_HANDLE, _HANDLE),
+    "post_ops_create": (_NEW,),
+    "post_ops_destroy": (_HANDLE,),
+    "post_ops_append_binary": (_HANDLE, c_int, _HANDLE),
+    "matmul_primitive_desc_create": (_NEW, *[_HANDLE] * 6),
+    "primitive_desc_query": (_HANDLE, c_int, c_int, c_void_p),
+    "primitive_desc_destroy": (_HANDLE,),
+    "primitive_create": (_NEW, _HANDLE),
+    "primitive_destroy": (_HANDLE,),
+    "primitive_execute": (_HANDLE, _HANDLE, c_int, c_void_p),
+}
 
 
-class _Views:
-    """Makes MKLDNN tensors of memory that others own. Raises OSError or AttributeError where torch lacks the call."""
+class _Argument(ctypes.Structure):
+    _fields_ = (("number", c_int), ("memory", c_void_p))
+
+
+class OneDnnError(RuntimeError):
+    """oneDNN refuses a call."""
+
+
+class _Interface:
+    """Its C functions, by their names without `dnnl_`: each raises OneDnnError where it fails."""
 
     def __init__(self) -> None:
-        name = "torch_cpu.dll" if sys.platform == "win32" else "libtorch_cpu.so"
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
-        self._descriptor = _learn()
-        self._create = library.aoti_torch_create_tensor_from_blob_v2
-        whole, numbers = ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
-        self._create.argtypes = [
-            *(ctypes.c_void_p, whole, numbers, numbers, whole),  # data, dimensions, sizes, strides, offset
-            *(ctypes.c_int32, ctypes.c_int32, ctypes.c_int32),  # dtype, kind and number of the device
-            *(ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32),  # the tensor, the layout
-            *(ctypes.c_char_p, whole),  # the descriptor
-        ]
-        self._int8, self._cpu = library.aoti_torch_dtype_int8(), library.aoti_torch_device_type_cpu()
-        self._layout = library.aoti_torch_layout__mkldnn()
-        self._take_over = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr
-        self._capsule = ctypes.pythonapi.PyCapsule_New
-        self._capsule.restype = ctypes.py_object
-        self._capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        self._delete = library.aoti_torch_delete_tensor_object
-        self._delete.argtypes = [ctypes.c_void_p]
-        # Whether taking a tensor over leaves the handle's own reference, for all that the call is named.
-        handle = self._handle(torch.zeros(8, 8, dtype=torch.int8, device="cpu"))
-        probe: Any = self._taken_over(handle)
-        self._is_left = probe._use_count() > 1
-        if self._is_left:
-            self._delete(handle)
+        """Raises OSError, AttributeError or ValueError where they are not found."""
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        names = [*_FUNCTIONS, "primitive_desc_query_md", "memory_desc_get_size"]
+        found = function_addresses(torch_library.aoti_torch_dtype_int8, [f"dnnl_{name}" for name in names])
+        self._functions = {
+            name: ctypes.CFUNCTYPE(c_int, *arguments)(found[f"dnnl_{name}"]) for name, arguments in _FUNCTIONS.items()
+        }
+        of_scratchpad = ctypes.CFUNCTYPE(c_void_p, _HANDLE, c_int, c_int)(found["dnnl_primitive_desc_query_md"])
+        size = ctypes.CFUNCTYPE(c_size_t, _HANDLE)(found["dnnl_memory_desc_get_size"])
+        self._described = of_scratchpad, size
+        self.engine = self.new("engine", _CPU, 0)
+        self.stream = self.new("stream", self.engine, _IN_ORDER)
 
-    def transposed(self, weight: Tensor) -> Tensor:
-        """weight (N, K) int8, row by row -> an MKLDNN tensor (K, N) of the same memory, which must outlive it."""
-        handle = self._handle(weight)
-        try:
-            return self._taken_over(handle)
-        finally:
-            if self._is_left:
-                self._delete(handle)
+    def call(self, name: str, *arguments: Any) -> None:
+        if status := self._functions[name](*arguments):
+            raise OneDnnError(f"oneDNN's {name} fails with status {status}")
 
-    def _handle(self, weight: Tensor) -> ctypes.c_void_p:
-        rows, columns = weight.shape
-        sizes, strides = (ctypes.c_int64 * 2)(columns, rows), (ctypes.c_int64 * 2)(1, columns)
-        descriptor = self._descriptor.of_transposed(rows, columns)
-        handle = ctypes.c_void_p()
-        failed = self._create(
-            *(weight.data_ptr(), 2, sizes, strides, 0),
-            *(self._int8, self._cpu, 0),
-            *(ctypes.byref(handle), self._layout),
-            *(descriptor, len(descriptor)),
-        )
-        if failed:
-            raise RuntimeError("torch could not make an MKLDNN tensor of a weight")
-        return handle
+    def new(self, kind: str, *arguments: Any, by: str | None = None, destroyed: ExitStack | None = None) -> c_void_p:
+        """What `KIND_create`, or the function `by`, makes; destroyed with a stack, or never."""
+        made = c_void_p()
+        self.call(by or f"{kind}_create", ctypes.byref(made), *arguments)
+        if destroyed is not None:
+            destroyed.callback(self._functions[f"{kind}_destroy"], made)
+        return made
 
-    def _taken_over(self, handle: ctypes.c_void_p) -> Tensor:
-        view: Tensor = self._take_over(self._capsule(handle, None, None))
-        return view
-
-
-def _product(view: Tensor, q: Tensor, factor: Tensor) -> Tensor:
-    """q (M, K) times an MKLDNN tensor (K, N), both int8, times factor (N) or (1) -> (M, N) in fp32."""
-    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
-    result: Tensor = torch.ops.onednn.qlinear_pointwise(
-        *(q, 1.0, 0),
-        *(view, factor, zero, None),
-        *(1.0, 0, torch.float32),
-        *("none", [], ""),
-    )
-    return result
+    def scratchpad_bytes(self, description: c_void_p) -> int:
+        of_scratchpad, size = self._described
+        return int(size(of_scratchpad(description, _SCRATCHPAD_OF, 0)))
 
 
 @lru_cache
-def _views() -> _Views | None:
-    """None where this torch has no such views or no such kernel, or they do not show and make what they should."""
-    weight = torch.arange(-48, 48, dtype=torch.int8, device="cpu").view(8, 12)
+def _interface() -> _Interface | None:
     try:
-        views = _Views()
-        view = views.transposed(weight)
-        shown, sums = view.to_dense(), _product(view, weight[:5], torch.ones(1, device="cpu"))
-    except (OSError, AttributeError, RuntimeError, TypeError, ValueError):
+        return _Interface()
+    except (OSError, AttributeError, ValueError, OneDnnError):
         return None
-    right = torch.equal(shown, weight.T) and torch.equal(sums, weight[:5].float() @ weight.float().T)
-    return views if right else None
 
 
-def has_qlinear() -> bool:
-    """Whether `by_qlinear` has its kernel here: on x86 alone, and not with every torch (2.6 takes uint8, no int8)."""
-    return _views() is not None
+class _Matmul:
+    """oneDNN's product for `multiply_into`, made of one call's tensors. Its objects are destroyed with the context.
 
-
-class Qlinear:
-    """oneDNN's int8 kernel for quantised models, an `Int8Matmul` that scales; its sums are fp32, rounded once.
-
-    For CPUs with AMX: on others it takes minutes. Weights that do not lie row by row go through `torch._int_mm`.
+    kernel: the name of the implementation that oneDNN chose. Raises OneDnnError where there is none worth the name.
     """
 
+    def __init__(self, out: Tensor, x: Tensor, w: Tensor, scale: Tensor, row_scale: Tensor | None) -> None:
+        interface = _interface()
+        if interface is None:
+            raise OneDnnError("oneDNN's interface is not to be found")
+        self._interface, self._objects = interface, ExitStack()
+        # A factor per row is known to oneDNN only where rows are those of a stack of matrices.
+        self._stack = () if row_scale is None else (1,)
+        self._arguments: list[_Argument] = []
+        try:
+            self._prepare(out, x, w, scale, row_scale)
+            self.kernel = self._kernel()
+            if self.kernel.startswith(_REFERENCE):
+                raise OneDnnError(f"oneDNN has only its reference for {list(x.shape)} times {list(w.T.shape)}")
+        except BaseException:
+            self._objects.close()
+            raise
+
+    def __enter__(self) -> _Matmul:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._objects.close()
+
+    def _kernel(self) -> str:
+        """The name of the implementation that oneDNN chose."""
+        name = c_char_p()
+        self._interface.call("primitive_desc_query", self._description, _NAME, 0, ctypes.byref(name))
+        return (name.value or b"").decode()
+
+    def run(self) -> None:
+        nbytes = self._interface.scratchpad_bytes(self._description)
+        scratchpad = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        self._pass(_SCRATCHPAD, scratchpad, self._described(scratchpad))
+        arguments = (_Argument * len(self._arguments))(*self._arguments)
+        primitive = self._new("primitive", self._description)
+        stream = self._interface.stream
+        self._interface.call("primitive_execute", primitive, stream, len(arguments), ctypes.byref(arguments))
+        self._interface.call("stream_wait", stream)
+
+    def _prepare(self, out: Tensor, x: Tensor, w: Tensor, scale: Tensor, row_scale: Tensor | None) -> None:
+        call = self._interface.call
+        attributes, after = self._new("primitive_attr"), self._new("post_ops")
+        call("primitive_attr_set_scratchpad_mode", attributes, _OWN_SCRATCHPAD)
+        of_each_column = 1 << (len(self._stack) + 1) if scale.numel() > 1 else 0
+        call("primitive_attr_set_scales_mask", attributes, _WEIGHTS, of_each_column)
+        self._pass(_SCALES | _WEIGHTS, scale, self._described(scale))
+        if x.dtype != w.dtype:
+            precision = _IN_BF16 if x.dtype == torch.bfloat16 else _STRICT
+            call("primitive_attr_set_fpmath_mode_v2", attributes, precision, _OF_INTEGERS_TOO)
+        if row_scale is not None:
+            call("post_ops_append_binary", after, _MULTIPLY, self._pass_matrix(_AFTERWARDS | _OPERAND, row_scale))
+        call("primitive_attr_set_post_ops", attributes, after)
+        source, weights, destination = (
+            self._pass_matrix(number, matrix) for number, matrix in ((_SOURCE, x), (_WEIGHTS, w.T), (_DESTINATION, out))
+        )
+        engine = self._interface.engine
+        self._description = self._new(
+            "primitive_desc", engine, source, weights, None, destination, attributes, by="matmul_primitive_desc_create"
+        )
+
+    def _new(self, kind: str, *arguments: Any, by: str | None = None) -> c_void_p:
+        return self._interface.new(kind, *arguments, by=by, destroyed=self._objects)
+
+    def _pass_matrix(self, number: int, matrix: Tensor) -> c_void_p:
+        described = self._described(matrix, self._stack)
+        self._pass(number, matrix, described)
+        return described
+
+    def _pass(self, number: int, tensor: Tensor, described: c_void_p) -> None:
+        """The tensor must outlive the call."""
+        memory = self._new("memory", described, self._interface.engine, tensor.data_ptr())
+        self._arguments.append(_Argument(number, memory))
+
+    def _described(self, tensor: Tensor, stack: tuple[int, ...] = ()) -> c_void_p:
+        sizes = _DIMENSIONS(*stack, *tensor.shape)
+        strides = _DIMENSIONS(*(tensor.numel() for _ in stack), *tensor.stride())
+        count = len(stack) + tensor.dim()
+        return self._new(
+            "memory_desc", count, sizes, _DTYPES[tensor.dtype], strides, by="memory_desc_create_with_strides"
+        )
+
+
+def multiply_into(out: Tensor, x: Tensor, w: Tensor, scale: Tensor, row_scale: Tensor | None = None) -> None:
+    """out := x w^T * scale * row_scale, in fp32 until it is rounded to out's dtype.
+
+    out (M, N) fp32 or bf16; x (M, K) of out's dtype, or int8, whose sums are exact; w (N, K) int8, or bf16 as x; scale
+    (N) or (1) fp32; row_scale (M, 1) fp32. Rows may lie apart; the elements of one of out and x not.
+    For what `multiplies` is true of. Raises OneDnnError where oneDNN refuses.
+    """
+    if w.stride(-1) != 1:
+        w = w.contiguous()
+    # oneDNN takes the factors of other rows where those of its result lie apart.
+    written = out if row_scale is None or out.is_contiguous() else torch.empty_like(out, memory_format=_DENSE)
+    for start in range(0, x.shape[0], _MOST_ROWS):
+        rows = slice(start, start + _MOST_ROWS)
+        with _Matmul(written[rows], x[rows], w, scale, None if row_scale is None else row_scale[rows]) as matmul:
+            matmul.run()
+    if written is not out:
+        out.copy_(written)
+
+
+@lru_cache
+def multiplies(inputs: torch.dtype, weights: torch.dtype = torch.int8) -> bool:
+    """Whether `multiply_into` takes such x and w here, and well: by a kernel known to be fast, and right.
+
+    int8 and bf16: on CPUs with AMX. fp32: with AVX-512. On others torch's operations are faster, or oneDNN has
+    nothing but its reference.
+    """
+    fast = _FAST_KERNELS.get((inputs, weights))
+    if fast is None or torch.backends.cpu.get_cpu_capability() != _CAPABILITY:
+        return False
+    x, w, scale, row_scale = _checked_operands(inputs, weights)
+    out_dtype = torch.float32 if inputs == torch.int8 else inputs
+    # Floats among others of longer rows, which older versions have no kernel for.
+    width = _CHECKED_OUTPUTS if inputs == torch.int8 else 2 * _CHECKED_OUTPUTS
+    out = torch.empty(_CHECKED_ROWS, width, dtype=out_dtype, device="cpu")[:, :_CHECKED_OUTPUTS]
+    try:
+        with _Matmul(out, x, w, scale, row_scale) as matmul:
+            if not fast.match(matmul.kernel):
+                return False
+            matmul.run()
+    except OneDnnError:
+        return False
+    sums = x.float() @ w.float().T * scale
+    return torch.equal(out, (sums if row_scale is None else sums * row_scale).to(out_dtype))
+
+
+def _checked_operands(inputs: torch.dtype, weights: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, w, scale and row_scale of a product that is exact until it is rounded to its dtype."""
+    sizes = (_CHECKED_ROWS, _CHECKED_COLUMNS, _CHECKED_OUTPUTS)
+    rows, columns, outputs = (torch.arange(size, device="cpu").view(-1, 1) for size in sizes)
+    x = ((rows * 7 + columns.T * 5) % 31 - 15).to(inputs)
+    w = ((outputs * 3 + columns.T * 11) % 255 - 127).to(weights)
+    scale = 2.0 ** (outputs.view(-1) % 5 - 2)
+    row_scale = 2.0 ** (rows % 3 - 1) if inputs == torch.int8 else None
+    return x, w, scale, row_scale
+
+
+class OneDnnInt8:
+    """oneDNN's int8 kernel, a `WritingMatmul`: for what `multiplies(torch.int8)` is true of."""
+
     def __call__(self, q: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-        """Never into `out`, which the kernel cannot."""
-        return self.scaled(q, w, torch.ones(1, 1, device=q.device))
+        """In fp32, rounded once; never into `out`, since sums that stay int32 take oneDNN twice the time."""
+        result = torch.empty(q.shape[0], w.shape[0], dtype=torch.float32, device=q.device)
+        multiply_into(result, q, w, torch.ones(1, device=q.device))
+        return result
 
-    def scaled(self, q: Tensor, w: Tensor, factor: Tensor) -> Tensor:
-        views = _views()
-        if views is None or not w.is_contiguous():
-            return by_int_mm(q, w) * factor
-        return _product(views.transposed(w), q, factor.reshape(-1))
+    def write(self, out: Tensor, q: Tensor, row_scale: Tensor, w: Tensor, scale: Tensor) -> None:
+        multiply_into(out, q, w, scale.reshape(-1), row_scale)
 
 
-by_qlinear = Qlinear()
+by_onednn = OneDnnInt8()

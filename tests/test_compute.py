@@ -76,15 +76,15 @@ def test_auto_never_measures_narrow_layers(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "views", "name"),
+    ("dtype", "has_kernel", "name"),
     [(torch.bfloat16, False, "dequant"), (torch.bfloat16, True, "int8"), (torch.float32, False, "int8")],
 )
 def test_matrix_units_are_left_to_bf16_without_the_kernel_that_is_twice_as_fast(
-    dtype: torch.dtype, views: bool, name: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, has_kernel: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     with_kernels(monkeypatch, {"quick": (in_fp32, 0.5)})
     monkeypatch.setattr(compute, "has_amx", lambda: True)
-    monkeypatch.setattr(compute, "has_qlinear", lambda: views)
+    monkeypatch.setattr(compute, "multiplies", lambda dtype: has_kernel)
 
     assert choose_compute("auto", CPU, dtype, SIZE).name == name
     assert choose_compute("int8", CPU, dtype, SIZE).name == "int8"
@@ -109,7 +109,7 @@ def test_what_may_be_taken_is_known_without_measuring(
 
 def test_each_device_has_its_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compute, "has_vnni", lambda: True)
-    monkeypatch.setattr(compute, "has_amx", lambda: False)
+    monkeypatch.setattr(compute, "multiplies", lambda dtype: False)
 
     assert list(fast_kernels(torch.device("cuda"))) == ["torch._int_mm"]
     assert list(fast_kernels(CPU)) == ["torch._int_mm"]

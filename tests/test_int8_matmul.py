@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from l2p_lowvram import int8_matmul
-from l2p_lowvram.compute import check_kernel, has_amx, has_vnni
+from l2p_lowvram.compute import check_kernel, has_vnni
 from l2p_lowvram.config import ModelConfig
 from l2p_lowvram.int8_matmul import Int8Matmul, by_int_mm, in_fp32, int_mm_fits, quantize_rows
 from l2p_lowvram.linear import Linear, Rotation
 from l2p_lowvram.model import L2PTransformer
-from l2p_lowvram.onednn import by_qlinear, has_qlinear
+from l2p_lowvram.onednn import by_onednn, multiplies
 from l2p_lowvram.quantization import Scheme
 from l2p_lowvram.synthetic import mini_config, random_state_dict
 from tests import goldens
@@ -20,8 +20,8 @@ from tests.test_golden_int8 import CASES
 from tests.test_tiling_model import TINY, random_inputs
 
 KERNELS = {"reference": in_fp32, "_int_mm": by_int_mm}
-if has_amx() and has_qlinear():
-    KERNELS["qlinear"] = by_qlinear
+if multiplies(torch.int8):
+    KERNELS["oneDNN's own"] = by_onednn
 
 
 def golden_layer(name: str, mode: str, matmul: Int8Matmul | None) -> tuple[Linear, dict[str, Tensor]]:

@@ -72,12 +72,100 @@ def test_scaled_outputs_are_those_of_scaled_weights(
     layer = quantized_linear(SCALES[scale], rotation)
     x = torch.randn(2, 5, COLUMNS).bfloat16()
 
-    whole, (part,) = layer(x), layer.rows([slice(70, 150)], x.dtype)
+    whole, (part,) = layer(x), layer.rows([slice(70, 150)], x.dtype, x.shape[0])
 
     expected = F.linear(x.double(), layer.dequantized().double(), layer.bias.double())
     assert (whole.double() - expected).norm() < 0.01 * expected.norm()
     expected = (expected - layer.bias)[..., 70:150]
     assert (part(x).double() - expected).norm() < 0.01 * expected.norm()
+
+
+def by_formula(x: torch.Tensor, layer: Linear, rows: slice = slice(None)) -> torch.Tensor:
+    expected = x.double() @ layer.dequantized().double().T[:, rows]
+    return expected if layer.bias is None else expected + layer.bias.double()[rows]
+
+
+def wide_linear(*, bias: bool = False, rotation: Rotation | None = None) -> Linear:
+    generator = torch.Generator().manual_seed(1)
+    layer = Linear(512, ROWS, bias=bias)
+    weight = torch.randint(-127, 128, (ROWS, 512), dtype=torch.int8, generator=generator)
+    layer.quantize_(weight, torch.rand(ROWS, 1, generator=generator) + 0.1, rotation)
+    return layer.requires_grad_(False)
+
+
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Dtypes of the weights that oneDNN's own interface was given, or what stands for it where there is none."""
+    given = []
+
+    def multiply_into(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> None:
+        given.append(w.dtype)
+        out.copy_(x.float() @ w.float().T * scale)
+
+    monkeypatch.setattr(linear_module, "multiply_into", multiply_into)
+    monkeypatch.setattr(linear_module, "multiplies", lambda inputs, weights: inputs != torch.float16)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "rotation", "stored"),
+    [
+        (torch.bfloat16, 8, None, torch.int8),
+        (torch.bfloat16, 9, None, torch.bfloat16),
+        (torch.bfloat16, 8, Rotation(16), torch.bfloat16),
+        (torch.float32, 9, None, torch.int8),
+        (torch.float32, 8, Rotation(16), torch.float32),
+    ],
+)
+def test_wide_layers_are_multiplied_as_stored_or_written_scaled(
+    dtype: torch.dtype,
+    tokens: int,
+    rotation: Rotation | None,
+    stored: torch.dtype,
+    multiplied: list[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Many tokens in half precision convert the weight once, as do rotated ones, whose values are not the weight's."""
+    monkeypatch.setattr(linear_module, "_MOST_STORED_TOKENS", 8)
+    monkeypatch.setattr(linear_module, "_CPU_HALF_BYTES", 128 * 2 * 512)
+    layer = wide_linear(rotation=rotation)
+    x = torch.randn(1, tokens, 512, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    whole, (part,) = layer(x), layer.rows([slice(70, 150)], x.dtype, tokens)
+    of_rows = part(x)
+
+    assert set(multiplied) == {stored}
+    for found, rows in ((whole, slice(None)), (of_rows, slice(70, 150))):
+        expected = by_formula(x, layer, rows)
+        assert found.dtype == dtype
+        assert found.shape == expected.shape
+        assert (found.double() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "reason", ["fp16", "a bias", "autograd", "narrow", "blocks of scales", "a tensor of another class"]
+)
+def test_other_layers_go_through_torchs_operations(
+    reason: str, multiplied: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+):
+    layer = wide_linear(bias=reason == "a bias")
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(2))
+    if reason == "fp16":
+        x = x.half()
+    if reason == "autograd":
+        x.requires_grad_()
+    if reason == "narrow":
+        monkeypatch.setattr(linear_module, "_LEAST_KERNEL_COLUMNS", 513)
+    if reason == "blocks of scales":
+        layer.weight_scale = torch.rand(ROWS // 8, 64) + 0.1
+    if reason == "a tensor of another class":
+        layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(type("Other", (torch.Tensor,), {})), False)
+
+    found = layer(x)
+
+    expected = by_formula(x, layer)
+    assert not multiplied
+    assert (found.double() - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,7 +200,7 @@ def test_a_slice_of_a_longer_tensor_is_multiplied_as_one_matrix(stored: torch.dt
     monkeypatch.setattr(torch.nn.functional, "linear", watched)
 
     found = layer(x)
-    (part,) = layer.rows([slice(0, 8)], torch.float32)
+    (part,) = layer.rows([slice(0, 8)], torch.float32, 4)
     without_bias = part(x)
 
     assert seen == [2, 2]
