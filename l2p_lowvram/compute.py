@@ -119,7 +119,7 @@ def fast_kernels(device: torch.device) -> Mapping[str, Int8Matmul]:
         return {}
     if device.type == "cpu" and multiplies(torch.int8):
         # Alone: beside other programs a measurement could prefer the slower one.
-        return {"oneDNN's own": by_onednn}
+        return {"oneDNN's matmul": by_onednn}
     return {"torch._int_mm": by_int_mm}
 
 

@@ -21,7 +21,7 @@ from tests.test_tiling_model import TINY, random_inputs
 
 KERNELS = {"reference": in_fp32, "_int_mm": by_int_mm}
 if multiplies(torch.int8):
-    KERNELS["oneDNN's own"] = by_onednn
+    KERNELS["oneDNN's matmul"] = by_onednn
 
 
 def golden_layer(name: str, mode: str, matmul: Int8Matmul | None) -> tuple[Linear, dict[str, Tensor]]:

@@ -221,7 +221,7 @@ def test_a_programs_default_device_changes_nothing():
         assert torch.equal(by_onednn(q, weight), expected)
 
 
-@pytest.mark.parametrize(("has", "names"), [(True, ["oneDNN's own"]), (False, ["torch._int_mm"])])
+@pytest.mark.parametrize(("has", "names"), [(True, ["oneDNN's matmul"]), (False, ["torch._int_mm"])])
 def test_the_kernel_is_offered_where_it_is_fast_alone(has: bool, names: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compute, "has_vnni", lambda: True)
     monkeypatch.setattr(compute, "multiplies", lambda dtype: has)
