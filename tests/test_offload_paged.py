@@ -393,7 +393,8 @@ COST = {"read": [4e-10, 5e-10], "direct": [3e-10, 3e-10], "mmap": [0.2e-10, 0.3e
         (RATE, COST, "mmap"),
         (RATE | {"mmap": [9e9, 9e9]}, COST | {"mmap": [4e-10, 4e-10]}, "read"),  # faster, but spares nothing
         (RATE | {"mmap": [0.5e9, 0.5e9]}, COST, "read"),  # far slower
-        (RATE, COST | {"mmap": [0.2e-10, 4.5e-10]}, "read"),  # not in every round
+        (RATE, COST | {"mmap": [9e-10, 0.2e-10]}, "mmap"),  # a round was disturbed
+        (RATE, COST | {"mmap": [3.1e-10, 4.5e-10]}, "read"),  # spares too little
         (RATE, None, "read"),  # not in place
     ],
 )
