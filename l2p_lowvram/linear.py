@@ -31,12 +31,12 @@ CPU_SLICE_BYTES = 8 << 20
 DEVICE_SLICE_BYTES = 16 << 20
 # Of converted rows that a CPU multiplies at a time in half precision, and how many: its matrix units are up to
 # twice as slow with fewer than a thousand.
-_CPU_HALF_BYTES = 25 << 20
+_CPU_HALF_BYTES = 29 << 20
 _CPU_HALF_ROWS = 1280
 # Fewest columns of a weight that oneDNN's own interface multiplies: narrower ones would spend their time on calls. And
 # most tokens that it multiplies in half precision with int8 values: it converts these for every few hundred.
 _LEAST_KERNEL_COLUMNS = 512
-_MOST_STORED_TOKENS = 1024
+_MOST_STORED_TOKENS = 640
 # Of outputs in fp32 on their way to half precision.
 _CPU_SCALED_BYTES = 2 << 20
 

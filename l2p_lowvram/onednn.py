@@ -44,7 +44,6 @@ _CAPABILITY = "AVX512"  # which all of them need, in torch's words
 _CHECKED_ROWS, _CHECKED_COLUMNS, _CHECKED_OUTPUTS = 48, 96, 80
 # Multiplied at a time: oneDNN's own memory grows with them, to 22 MiB for these.
 _MOST_ROWS = 4096
-_DENSE = torch.contiguous_format
 
 _HANDLE, _NEW = c_void_p, POINTER(c_void_p)
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -214,14 +213,18 @@ class _Matmul:
 def multiply_into(out: Tensor, x: Tensor, w: Tensor, scale: Tensor, row_scale: Tensor | None = None) -> None:
     """out := x w^T * scale * row_scale, in fp32 until it is rounded to out's dtype.
 
-    out (M, N) fp32 or bf16; x (M, K) of out's dtype, or int8, whose sums are exact; w (N, K) int8, or bf16 as x; scale
-    (N) or (1) fp32; row_scale (M, 1) fp32. Rows may lie apart; the elements of one of out and x not.
+    out (M, N) of any float dtype; x (M, K) fp32 or bf16 as out, or int8, whose sums are exact; w (N, K) int8, or bf16
+    as x; scale (N) or (1) fp32; row_scale (M, 1) fp32. Rows may lie apart; the elements of one of out and x not.
     For what `multiplies` is true of. Raises OneDnnError where oneDNN refuses.
     """
     if w.stride(-1) != 1:
         w = w.contiguous()
-    # oneDNN takes the factors of other rows where those of its result lie apart.
-    written = out if row_scale is None or out.is_contiguous() else torch.empty_like(out, memory_format=_DENSE)
+    written = out
+    if out.dtype not in _DTYPES:
+        written = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    elif row_scale is not None and not out.is_contiguous():
+        # oneDNN takes the factors of other rows where those of its result lie apart.
+        written = torch.empty_like(out, memory_format=torch.contiguous_format)
     for start in range(0, x.shape[0], _MOST_ROWS):
         rows = slice(start, start + _MOST_ROWS)
         with _Matmul(written[rows], x[rows], w, scale, None if row_scale is None else row_scale[rows]) as matmul:

@@ -75,7 +75,7 @@ def test_parts_of_a_weight_are_multiplied_where_they_lie(part: str):
 @needs_amx
 @pytest.mark.parametrize("shape", [(1, 1), (96, 1)])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_has_the_bits_of_the_reference(
     shape: tuple[int, int], with_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
