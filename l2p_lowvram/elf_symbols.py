@@ -152,6 +152,7 @@ def _function(file: BinaryIO, sections: list[_Section], name: str, addresses: li
         raise ValueError(f"{len(addresses)} functions {name}")
     address = addresses[0]
     for section in sections:
-        if section.kind == _CODE and section.address <= address < section.address + section.size:
+        # What another library is to provide has the address 0, where only sections lie that are not loaded.
+        if section.kind == _CODE and 0 < section.address <= address < section.address + section.size:
             return _Function(address, _read(file, section.offset + address - section.address, _BEGINNING_BYTES))
     raise ValueError(f"{name} lies outside of all code")

@@ -33,8 +33,9 @@ def elf(symbols: list[tuple[str, str, int]], *, table: bool = True) -> bytes:
 
     sections = [
         section(0, 0, 0, 0),
+        section(1, 0, CODE_OFFSET, 32),  # a comment, which is not loaded
         section(1, CODE_ADDRESS, CODE_OFFSET, len(CODE)),
-        section(2 if table else 11, 0, rows_at, len(rows), 3),
+        section(2 if table else 11, 0, rows_at, len(rows), 4),
         section(3, 0, strings_at, len(strings)),
     ]
     begin = strings_at + len(strings)
@@ -76,6 +77,7 @@ def test_tables_are_read_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch):
         ([("lib_one", "object", 0x1000)], "0 functions lib_one"),
         ([("lib_one", "function", 0x1000), ("lib_one", "function", 0x1010)], "2 functions lib_one"),
         ([("lib_one", "function", 0x2000)], "outside of all code"),
+        ([("lib_one", "function", 0)], "outside of all code"),
     ],
 )
 def test_what_is_not_one_function_is_refused(symbols: list[tuple[str, str, int]], message: str):
