@@ -31,8 +31,10 @@ CPU_SLICE_BYTES = 8 << 20
 DEVICE_SLICE_BYTES = 16 << 20
 # Of converted rows that a CPU multiplies at a time in half precision, and how many: its matrix units are up to
 # twice as slow with fewer than a thousand.
-_CPU_HALF_BYTES = 29 << 20
+_CPU_HALF_BYTES = 25 << 20
 _CPU_HALF_ROWS = 1280
+# The same where oneDNN's own interface multiplies, which scales as it writes: any number of rows will do.
+_CPU_KERNEL_BYTES = 29 << 20
 # Fewest columns of a weight that oneDNN's own interface multiplies: narrower ones would spend their time on calls. And
 # most tokens that it multiplies in half precision with int8 values: it converts these for every few hundred.
 _LEAST_KERNEL_COLUMNS = 512
@@ -46,7 +48,7 @@ def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
     in fp32, and the result of a slice, or of the `held` bytes that `Linear.rows` keeps converted."""
     nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
     if device.type == "cpu" and itemsize == 2:
-        return 2 * nbytes + max(_CPU_HALF_BYTES, held) + _CPU_SCALED_BYTES
+        return 2 * nbytes + max(max(_CPU_HALF_BYTES, held) + _CPU_SCALED_BYTES, _CPU_KERNEL_BYTES)
     return 2 * nbytes + max(nbytes * itemsize // 4, held)
 
 
@@ -68,9 +70,10 @@ def _multiplied_rows(
     """Rows that are multiplied at a time: in slices of equal size, where a CPU's matrix units want many."""
     if device.type != "cpu" or dtype.itemsize != 2:
         return _slice_rows(device, columns)
-    most = _CPU_HALF_BYTES // (dtype.itemsize * columns)
-    if not writes_scaled:
-        most = min(most, _CPU_HALF_ROWS)
+    if writes_scaled:
+        most = _CPU_KERNEL_BYTES // (dtype.itemsize * columns)
+    else:
+        most = min(_CPU_HALF_BYTES // (dtype.itemsize * columns), _CPU_HALF_ROWS)
     parts = -(-outputs // max(most // 64 * 64, 64))
     return -(-outputs // parts // 64) * 64
 

@@ -127,7 +127,7 @@ def test_wide_layers_are_multiplied_as_stored_or_written_scaled(
 ):
     """Many tokens in half precision convert the weight once, as do rotated ones, whose values are not the weight's."""
     monkeypatch.setattr(linear_module, "_MOST_STORED_TOKENS", 8)
-    monkeypatch.setattr(linear_module, "_CPU_HALF_BYTES", 128 * 2 * 512)
+    monkeypatch.setattr(linear_module, "_CPU_KERNEL_BYTES", 128 * 2 * 512)
     layer = wide_linear(rotation=rotation)
     x = torch.randn(1, tokens, 512, generator=torch.Generator().manual_seed(2)).to(dtype)
 
