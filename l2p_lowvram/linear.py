@@ -234,9 +234,11 @@ class Linear(nn.Module):
         # Autograd keeps what it multiplied with: nothing that the next slice overwrites.
         keeps = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         output_scale = None if keeps else self._output_scale(x.device, x.dtype)
-        writes_scaled = output_scale is not None and bias is None and self._has_kernel(x.dtype, x.dtype)
-        if output_scale is not None and bias is None and self._multiplies_stored(x.dtype, x.shape[:-1].numel()):
-            return _linear_scaled(x, self.weight, output_scale)
+        writes_scaled = False
+        if output_scale is not None and bias is None:
+            if self._multiplies_stored(x.dtype, x.shape[:-1].numel()):
+                return _linear_scaled(x, self.weight, output_scale)
+            writes_scaled = self._has_kernel(x.dtype, x.dtype)
         # A few rows at a time: the weight never stands dequantised as a whole, and on a CPU the
         # slice is still in the cache when it is multiplied.
         result = x.new_empty(*x.shape[:-1], self.out_features)
@@ -299,7 +301,7 @@ class Linear(nn.Module):
 
     def _has_kernel(self, inputs: torch.dtype, weights: torch.dtype) -> bool:
         """Whether oneDNN multiplies and scales this layer's int8 values, as they are or converted."""
-        return _is_plain(self.weight) and self.in_features >= _LEAST_KERNEL_COLUMNS and multiplies(inputs, weights)
+        return _is_wide_and_plain(self.weight) and multiplies(inputs, weights)
 
     def _multiplies_stored(self, dtype: torch.dtype, tokens: int) -> bool:
         """Whether to multiply so many rows of `dtype` with the int8 values where they lie."""
@@ -379,16 +381,17 @@ def _write_scaled(out: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None) ->
         out[..., part, :] = values if bias is None else values.add_(bias)
 
 
-def _is_plain(weight: Tensor) -> bool:
+def _is_wide_and_plain(weight: Tensor) -> bool:
     """Subclasses of tensors may have no values, or take part in more than a product."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
+    is_plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
+    return is_plain and weight.shape[1] >= _LEAST_KERNEL_COLUMNS
 
 
 def _linear_scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """(x W^T) * scale, scaled in fp32. weight (N, K), of x's dtype or int8 as `multiplies` is true of; scale (N) or
     (1)."""
     rows = x.reshape(-1, x.shape[-1])
-    if _is_plain(weight) and weight.shape[1] >= _LEAST_KERNEL_COLUMNS and multiplies(x.dtype, weight.dtype):
+    if _is_wide_and_plain(weight) and multiplies(x.dtype, weight.dtype):
         y = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
         multiply_into(y, rows, weight, scale)
     else:

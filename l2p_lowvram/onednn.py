@@ -91,9 +91,9 @@ class _Interface:
         self._functions = {
             name: ctypes.CFUNCTYPE(c_int, *arguments)(found[f"dnnl_{name}"]) for name, arguments in _FUNCTIONS.items()
         }
-        of_scratchpad = ctypes.CFUNCTYPE(c_void_p, _HANDLE, c_int, c_int)(found["dnnl_primitive_desc_query_md"])
-        size = ctypes.CFUNCTYPE(c_size_t, _HANDLE)(found["dnnl_memory_desc_get_size"])
-        self._described = of_scratchpad, size
+        # These two return what is asked for, not a status.
+        self._description_of = ctypes.CFUNCTYPE(c_void_p, _HANDLE, c_int, c_int)(found["dnnl_primitive_desc_query_md"])
+        self._size = ctypes.CFUNCTYPE(c_size_t, _HANDLE)(found["dnnl_memory_desc_get_size"])
         self.engine = self.new("engine", _CPU, 0)
         self.stream = self.new("stream", self.engine, _IN_ORDER)
 
@@ -110,8 +110,7 @@ class _Interface:
         return made
 
     def scratchpad_bytes(self, description: c_void_p) -> int:
-        of_scratchpad, size = self._described
-        return int(size(of_scratchpad(description, _SCRATCHPAD_OF, 0)))
+        return int(self._size(self._description_of(description, _SCRATCHPAD_OF, 0)))
 
 
 @lru_cache
@@ -157,9 +156,12 @@ class _Matmul:
         self._interface.call("primitive_desc_query", self._description, _NAME, 0, ctypes.byref(name))
         return (name.value or b"").decode()
 
+    @property
+    def scratchpad_bytes(self) -> int:
+        return self._interface.scratchpad_bytes(self._description)
+
     def run(self) -> None:
-        nbytes = self._interface.scratchpad_bytes(self._description)
-        scratchpad = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        scratchpad = torch.empty(self.scratchpad_bytes, dtype=torch.uint8, device="cpu")
         self._pass(_SCRATCHPAD, scratchpad, self._described(scratchpad))
         arguments = (_Argument * len(self._arguments))(*self._arguments)
         primitive = self._new("primitive", self._description)
@@ -255,7 +257,8 @@ def multiplies(inputs: torch.dtype, weights: torch.dtype = torch.int8) -> bool:
             matmul.run()
     except OneDnnError:
         return False
-    sums = x.float() @ w.float().T * scale
+    # In float64, which autocast leaves alone.
+    sums = x.double() @ w.double().T * scale
     return torch.equal(out, (sums if row_scale is None else sums * row_scale).to(out_dtype))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from l2p_lowvram import compute, onednn
 from l2p_lowvram.compute import check_kernel, fast_kernels, has_amx
-from l2p_lowvram.int8_matmul import WritingMatmul, in_fp32, multiply, quantize_rows
+from l2p_lowvram.families import PUBLISHED
+from l2p_lowvram.int8_matmul import WritingMatmul, in_fp32, multiply, quantize_rows, working_bytes
 from l2p_lowvram.onednn import OneDnnError, by_onednn, multiplies, multiply_into
 
 CPU = torch.device("cpu")
@@ -141,6 +143,24 @@ def test_where_a_weight_lies_changes_no_bit(dtype: torch.dtype, stored: torch.dt
 
 
 @needs_amx
+@pytest.mark.parametrize("rows", [16, 576, 2112, 4096])
+def test_onednns_own_memory_is_within_what_is_planned_for_int8(rows: int):
+    config = PUBLISHED["1k"]
+    planned = working_bytes(CPU, rows, config.ffn_dim)
+    for columns, outputs in (
+        (config.dim, 3 * config.dim),
+        (config.dim, config.dim),
+        (config.dim, config.ffn_dim),
+        (config.ffn_dim, config.dim),
+    ):
+        q, weight = torch.empty(rows, columns, dtype=torch.int8), torch.empty(outputs, columns, dtype=torch.int8)
+        out = torch.empty(rows, outputs, dtype=torch.bfloat16)
+
+        with onednn._Matmul(out, q, weight, torch.ones(outputs), torch.ones(rows, 1)) as matmul:
+            assert 0 < matmul.scratchpad_bytes <= planned
+
+
+@needs_amx
 def test_a_product_leaves_no_object_of_onednn(monkeypatch: pytest.MonkeyPatch):
     interface = onednn._interface()
     assert interface is not None
@@ -212,12 +232,13 @@ def test_a_reference_that_takes_minutes_is_refused(monkeypatch: pytest.MonkeyPat
 
 @needs_amx
 @pytest.mark.usefixtures("_tried_anew")
-def test_a_programs_default_device_changes_nothing():
+@pytest.mark.parametrize("surroundings", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)])
+def test_a_programs_default_device_and_autocast_change_nothing(surroundings: Any):
     q, weight = int8(20, 64, seed=1), int8(96, 64)
     expected = in_fp32(q, weight).float()
 
-    with torch.device("meta"):
-        assert multiplies(torch.int8)
+    with surroundings:
+        assert all(multiplies(*dtypes) for dtypes in ((torch.int8,), (torch.bfloat16,), (torch.bfloat16,) * 2))
         assert torch.equal(by_onednn(q, weight), expected)
 
 
