@@ -41,7 +41,7 @@ FAST = {**SIZE, "num_inference_steps": 2, "output_type": "pt"}
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> L2PPipeline:
     path = goldens.write_checkpoint("a_mini", tmp_path_factory.mktemp("model"))
-    return L2PPipeline.from_pretrained(path, dtype="fp32")
+    return L2PPipeline.from_pretrained(path, device="cpu", dtype="fp32")
 
 
 def features(seed: int, tokens: int = 9, width: int = 48) -> Tensor:
@@ -355,7 +355,7 @@ def test_prompts_captions_and_steps_are_computed_in_full_fp32(monkeypatch: pytes
         monkeypatch.setattr(owner, name, lambda *a, **k: (seen.update({name: list(inside)}), original(*a, **k))[1])
 
     monkeypatch.setattr(pipeline, "full_fp32", entered)
-    with L2PPipeline.from_pretrained("demo", dtype="fp16") as pipe:
+    with L2PPipeline.from_pretrained("demo", device="cpu", dtype="fp16") as pipe:
         for owner, name in ((prompts.PromptEncoder, "__call__"), (pipe, "_refine"), (pipe, "_velocities")):
             watched(owner, name)
         pipe("a red ring", width=32, height=32, num_inference_steps=1)
@@ -367,7 +367,7 @@ def test_a_text_encoder_that_overflows_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prompts.PromptEncoder, "__call__", lambda *_: [torch.full((9, 128), float("inf"))])
 
     with (
-        L2PPipeline.from_pretrained("demo", dtype="fp32") as pipe,
+        L2PPipeline.from_pretrained("demo", device="cpu", dtype="fp32") as pipe,
         pytest.raises(NonFiniteError, match="in the text encoder; try dtype fp32"),
     ):
         pipe.encode_prompt("a red ring")
@@ -638,7 +638,7 @@ def test_an_overflow_stops_the_run_and_names_step_and_phase(tmp_path: Path, para
     weights, metadata = load_file(path), safe_open(path, "pt").metadata()
     weights[parameter].fill_(float("inf"))
     save_file(weights, path, metadata=metadata)
-    pipe = L2PPipeline.from_pretrained(path, dtype="fp32")
+    pipe = L2PPipeline.from_pretrained(path, device="cpu", dtype="fp32")
 
     with pytest.raises(NonFiniteError, match=f"in step 1 of 2, in the {phase}") as caught:
         pipe(**PROMPT, seed=1, **FAST)
@@ -693,7 +693,7 @@ def test_a_programs_default_device_does_not_keep_an_int8_model_from_opening(tmp_
     path = tmp_path / "wide.safetensors"
     wide = ["--layers", "1", "--refiners", "1", "--dim", "512", "--heads", "4", "--caption-dim", "64"]
     make_synthetic([str(path), *wide])
-    with torch.device("meta"), L2PPipeline.from_pretrained(path, dtype="fp32", compute="int8") as pipe:
+    with torch.device("meta"), L2PPipeline.from_pretrained(path, device="cpu", dtype="fp32", compute="int8") as pipe:
         assert pipe.compute.name == "int8"
 
 
@@ -730,7 +730,7 @@ def folder(tmp_path: Path, tokenizer_file: Path) -> Path:  # noqa: F811
 
 
 def test_a_model_folder_brings_defaults_text_encoder_and_tokenizer(folder: Path):
-    pipe = L2PPipeline.from_pretrained(folder, dtype="fp32")
+    pipe = L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32")
 
     picture = pipe("a cat", seed=1, output_type="pt").images
     embeds = pipe.encode_prompt("a cat")
@@ -747,7 +747,7 @@ def test_a_model_folder_brings_defaults_text_encoder_and_tokenizer(folder: Path)
 
 
 def test_prompts_share_one_reading_of_the_encoder_and_one_refiner_run_each(folder: Path, monkeypatch):
-    pipe = L2PPipeline.from_pretrained(folder, dtype="fp32")
+    pipe = L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32")
     encoded, refined = [], []
     encode, refine = pipe.text_encoder.encode, pipe.transformer.embed_caption
     monkeypatch.setattr(pipe.text_encoder, "encode", lambda ids, *a: encoded.append(len(ids)) or encode(ids, *a))
@@ -765,8 +765,8 @@ def test_prompts_share_one_reading_of_the_encoder_and_one_refiner_run_each(folde
 
 
 def test_a_model_file_in_its_folder_finds_its_neighbours(folder: Path):
-    by_folder = L2PPipeline.from_pretrained(folder, dtype="fp32")
-    by_file = L2PPipeline.from_pretrained(folder / "model.safetensors", dtype="fp32")
+    by_folder = L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32")
+    by_file = L2PPipeline.from_pretrained(folder / "model.safetensors", device="cpu", dtype="fp32")
 
     assert by_file.config == by_folder.config
     assert torch.equal(by_file.encode_prompt("a cat"), by_folder.encode_prompt("a cat"))
@@ -775,10 +775,10 @@ def test_a_model_file_in_its_folder_finds_its_neighbours(folder: Path):
 
 def test_the_prompt_cache_skips_the_encoder_and_gives_the_same_bits(folder: Path, tmp_path: Path, monkeypatch):
     cache = tmp_path / "cache"
-    fresh = L2PPipeline.from_pretrained(folder, dtype="fp32").encode_prompt("a cat")
-    first = L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
+    fresh = L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32").encode_prompt("a cat")
+    first = L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
 
-    again = L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=cache)
+    again = L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32", prompt_cache=cache)
     monkeypatch.setattr(again.text_encoder, "encode", lambda *_: pytest.fail("the encoder was used"))
 
     assert torch.equal(fresh, first)
@@ -787,13 +787,13 @@ def test_the_prompt_cache_skips_the_encoder_and_gives_the_same_bits(folder: Path
 
 def test_another_encoder_file_misses_the_cache(folder: Path, tmp_path: Path):
     cache = tmp_path / "cache"
-    first = L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
+    first = L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
     weights = folder / "text_encoder" / "model.safetensors"
     changed = load_file(weights)
     changed["model.layers.0.mlp.up_proj.weight"] *= 2
     save_file(changed, weights)
 
-    second = L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
+    second = L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32", prompt_cache=cache).encode_prompt("a cat")
 
     assert not torch.equal(first, second)
 
@@ -802,7 +802,7 @@ def test_text_encoder_of_another_width_is_refused(folder: Path, tmp_path: Path):
     model = goldens.write_checkpoint("a_mini", tmp_path)
 
     with pytest.raises(ValueError, match="makes features of width 64, the model reads 48"):
-        L2PPipeline.from_pretrained(model, text_encoder=folder / "text_encoder", dtype="fp32")
+        L2PPipeline.from_pretrained(model, text_encoder=folder / "text_encoder", device="cpu", dtype="fp32")
 
 
 @pytest.mark.parametrize(
@@ -833,7 +833,7 @@ def test_all_that_features_come_from_is_in_the_cache_key(
     encoded: list[int] = []
 
     def encode() -> Tensor:
-        with L2PPipeline.from_pretrained(folder, dtype="fp32", prompt_cache=tmp_path / "cache") as pipe:
+        with L2PPipeline.from_pretrained(folder, device="cpu", dtype="fp32", prompt_cache=tmp_path / "cache") as pipe:
             assert pipe.text_encoder is not None
             whole = pipe.text_encoder.encode
             monkeypatch.setattr(pipe.text_encoder, "encode", lambda ids, *a: encoded.append(1) or whole(ids, *a))
@@ -890,7 +890,7 @@ def test_the_timestep_is_rounded_where_that_is_asked_for(tmp_path: Path) -> None
     path = goldens.write_checkpoint("a_mini", tmp_path)
     pictures = []
     for flag in (False, True):
-        with L2PPipeline.from_pretrained(path, dtype="fp32", bf16_timestep=flag) as pipe:
+        with L2PPipeline.from_pretrained(path, device="cpu", dtype="fp32", bf16_timestep=flag) as pipe:
             pictures.append(pipe(prompt_embeds=features(1), seed=1, **{**FAST, "num_inference_steps": 3}).images)
 
     assert 0 < (pictures[0] - pictures[1]).abs().max() < 0.1

@@ -35,7 +35,7 @@ def test_the_plan_names_the_bytes_that_the_run_then_takes(model: Path) -> None:
     ram = process_memory().anonymous + (600 << 20)
     plan = make_plan(locate_model(model), ANY_CPU, MemoryOptions(ram=ram), {**ASKED, "width": 64, "height": 32})
 
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=ram) as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=ram) as pipe:
         pipe(**PROMPT, **FAST)
         (figures,) = pipe.phases
 
@@ -187,7 +187,7 @@ def test_running_out_of_memory_halves_the_slices_and_redoes_the_step(model: Path
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         decode(*arguments)
 
-    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32") as pipe:
         expected = pipe(**PROMPT, **FAST).images
         steps: list[int] = []
         monkeypatch.setattr(pipeline, "decode_tiled", run_out)
@@ -204,7 +204,7 @@ def test_running_out_of_memory_with_the_smallest_slices_is_told(model: Path, mon
     def run_out(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32") as pipe:
         monkeypatch.setattr(pipeline, "decode_tiled", run_out)
         with pytest.raises(torch.OutOfMemoryError):
             pipe(**PROMPT, **FAST)
@@ -212,7 +212,7 @@ def test_running_out_of_memory_with_the_smallest_slices_is_told(model: Path, mon
 
 def test_tiny_slices_draw_the_same_picture(monkeypatch) -> None:
     """The demo at a size of several tiles, through the real pipeline, tiled small against whole."""
-    with L2PPipeline.from_pretrained("demo", dtype="fp32", compute="dequant") as pipe:
+    with L2PPipeline.from_pretrained("demo", device="cpu", dtype="fp32", compute="dequant") as pipe:
         choices = list(tilings(pipe.config, pipe.work(512, 384, 1, 2.0, 32)))
         pictures = []
         for tiling in (choices[0], choices[-1]):

@@ -85,7 +85,7 @@ def model(tmp_path: Path) -> Path:
 
 def smallest_ram(model: Path, io: str = "read") -> int:
     with (
-        L2PPipeline.from_pretrained(model, dtype="fp32", ram=1, io=io) as pipe,
+        L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=1, io=io) as pipe,
         pytest.raises(BudgetError) as refusal,
     ):
         pipe(**PROMPT, **FAST)
@@ -192,7 +192,7 @@ def test_one_byte_less_than_the_smallest_budget_is_refused_with_the_numbers(mode
     least = smallest_ram(model)
 
     with (
-        L2PPipeline.from_pretrained(model, dtype="fp32", ram=least - 1) as pipe,
+        L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=least - 1) as pipe,
         pytest.raises(BudgetError, match=rf"64x32: RAM budget .* takes {least} bytes; give more with --ram"),
     ):
         pipe(**PROMPT, **FAST)
@@ -206,7 +206,7 @@ def test_a_picture_beyond_the_budget_is_refused_before_anything_of_its_size_is_m
 
     for start in ({}, {"image": Image.new("RGB", (64, 32)), "strength": 0.5}):
         with (
-            L2PPipeline.from_pretrained(model, dtype="fp32", ram="600MiB") as pipe,
+            L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram="600MiB") as pipe,
             pytest.raises(BudgetError, match=r"8192x8192: RAM budget 600\.00 MiB is too small"),
         ):
             pipe(**PROMPT, **start, width=8192, height=8192, num_inference_steps=2)
@@ -216,7 +216,10 @@ def test_a_picture_beyond_the_budget_is_refused_before_anything_of_its_size_is_m
 @pytest.mark.parametrize("does", ["encodes", "closes", "draws another"])
 def test_a_callback_that_takes_the_memory_changes_no_bit(io: str, does: str) -> None:
     asked: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 1, "output_type": "pt"}
-    with L2PPipeline.from_pretrained("demo", dtype="fp32", ram=1, io=io) as pipe, pytest.raises(BudgetError) as refusal:
+    with (
+        L2PPipeline.from_pretrained("demo", device="cpu", dtype="fp32", ram=1, io=io) as pipe,
+        pytest.raises(BudgetError) as refusal,
+    ):
         pipe("a red ring", **asked)
 
     def act(pipe: L2PPipeline, step: int, *_: object) -> None:
@@ -227,31 +230,45 @@ def test_a_callback_that_takes_the_memory_changes_no_bit(io: str, does: str) -> 
         elif step == 0:
             pipe("a blue square", **{**asked, "width": 32})
 
-    with L2PPipeline.from_pretrained("demo", dtype="fp32", ram=refusal.value.needed, io=io) as pipe:
+    with L2PPipeline.from_pretrained("demo", device="cpu", dtype="fp32", ram=refusal.value.needed, io=io) as pipe:
         plain = pipe("a red ring", **asked).images
         assert torch.equal(pipe("a red ring", **asked, callback_on_step_end=act).images, plain)
 
 
 def test_the_smallest_budget_that_a_refusal_names_is_enough_for_encoding_and_drawing() -> None:
     asked: dict[str, Any] = {"width": 1024, "height": 1024, "num_inference_steps": 1, "cfg_scale": 1}
-    with L2PPipeline.from_pretrained("demo", dtype="fp32", ram="200MiB") as pipe, pytest.raises(BudgetError) as refusal:
+    with (
+        L2PPipeline.from_pretrained("demo", device="cpu", dtype="fp32", ram="200MiB") as pipe,
+        pytest.raises(BudgetError) as refusal,
+    ):
         pipe("a red ring " * 60, **asked)
 
-    with L2PPipeline.from_pretrained("demo", dtype="fp32", ram=refusal.value.needed) as pipe:
+    with L2PPipeline.from_pretrained("demo", device="cpu", dtype="fp32", ram=refusal.value.needed) as pipe:
         pipe("a red ring " * 60, **asked)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what is freed")
 @pytest.mark.parametrize("ram", [None, 1 << 30])
 def test_with_a_budget_freed_activations_go_back_to_the_system(ram: int | None) -> None:
+    held = held_after_freeing("streamer.sparing()", ram)
+
+    if ram:
+        assert held < 16 << 20
+    else:  # as glibc has it: how much it keeps by itself differs from system to system
+        assert held > held_after_freeing("nullcontext()", ram) // 2
+
+
+def held_after_freeing(context: str, ram: int | None) -> int:
+    """Bytes that a process holds within `context` once it has freed 8 MiB twenty times between smaller blocks."""
     script = f"""
+from contextlib import nullcontext
 import torch
 from l2p_lowvram.streaming import MemoryOptions, Streamer
 from offload import process_memory
 streamer = Streamer(torch.device("cpu"), MemoryOptions(ram={ram}))
 torch.ones(30 << 20, dtype=torch.uint8)  # freed: from here on glibc keeps blocks of that size
 before, kept = process_memory().anonymous, []
-with streamer.sparing():
+with {context}:
     for _ in range(20):
         freed = torch.ones(8 << 20, dtype=torch.uint8)
         kept.append(freed)
@@ -260,15 +277,13 @@ with streamer.sparing():
 print(process_memory().anonymous - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
-
-    held = int(done.stdout)
-    assert held < 16 << 20 if ram else held > 100 << 20
+    return int(done.stdout)
 
 
 def test_a_pipeline_collected_by_a_thread_of_its_own_is_closed_all_the_same(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = L2PPipeline.from_pretrained(model, dtype="fp32", io="read")
+    pipe = L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", io="read")
     read_into, collected = PositionalFile.read_into, []
 
     def collect(file: PositionalFile, *arguments: Any) -> int:
@@ -300,7 +315,7 @@ def test_a_step_reads_every_streamed_block_once_for_both_branches(model: Path) -
     per_step = sum(block.layout.read_bytes for block in blocks if block.name not in once)
     first = sum(block.layout.read_bytes for block in blocks if block.name in once)
 
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=smallest_ram(model)) as pipe:
         pipe(**PROMPT, **FAST)
         (stream,) = pipe.streamer.streams
         (figures,) = pipe.phases
@@ -313,7 +328,7 @@ def test_a_step_reads_every_streamed_block_once_for_both_branches(model: Path) -
 
 
 def test_weights_stay_for_the_next_picture_and_captions_for_the_same_prompt(model: Path) -> None:
-    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32") as pipe:
         first = pipe(**PROMPT, **FAST).images
         read = pipe.phases[0].read_bytes
         second = pipe(**PROMPT, **FAST).images
@@ -328,7 +343,7 @@ def test_weights_stay_for_the_next_picture_and_captions_for_the_same_prompt(mode
 @pytest.mark.parametrize("io", ["read", "mmap"])
 def test_weights_that_stay_for_a_larger_picture_leave_it_the_room_it_needs(model: Path, io: str) -> None:
     """With mmap that includes what a visit copies."""
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram="2GiB", io=io) as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram="2GiB", io=io) as pipe:
         weights = pipe.weights
         assert isinstance(weights, StreamedWeights)
         for width in range(64, 256, 32):
@@ -343,7 +358,9 @@ def test_weights_that_stay_for_a_larger_picture_leave_it_the_room_it_needs(model
 
 
 def test_what_is_told_of_a_run_is_what_it_does(model: Path) -> None:
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model, "mmap") + 200_000, io="mmap") as pipe:
+    with L2PPipeline.from_pretrained(
+        model, device="cpu", dtype="fp32", ram=smallest_ram(model, "mmap") + 200_000, io="mmap"
+    ) as pipe:
         work = pipe.work(64, 32, 1, 1.0, 32)
         told = pipe.describe_plan(work)
         pipe.weights.open(work)
@@ -356,7 +373,7 @@ def test_what_is_told_of_a_run_is_what_it_does(model: Path) -> None:
 
 
 def test_a_closed_pipeline_can_be_used_again(model: Path) -> None:
-    pipe = L2PPipeline.from_pretrained(model, dtype="fp32")
+    pipe = L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32")
     first = pipe(**PROMPT, **FAST).images
     pipe.close()
     again = pipe(**PROMPT, **FAST).images
@@ -372,7 +389,7 @@ def test_two_pipelines_in_one_process_do_not_disturb_each_other(model: Path) -> 
     found: list[Tensor] = []
 
     def draw() -> None:
-        with L2PPipeline.from_pretrained(model, dtype="fp32", ram=ram) as pipe:
+        with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=ram) as pipe:
             found.append(pipe(**PROMPT, **FAST).images)
 
     threads = [threading.Thread(target=draw) for _ in range(2)]
@@ -389,7 +406,7 @@ def test_a_disk_that_fails_from_the_probe_on_is_told_by_block(model: Path, monke
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(streaming, "_PROBED_BYTES", 0)
-    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32") as pipe:
         monkeypatch.setattr(os, "preadv", fail)
         with pytest.raises(OSError, match=r"block caption_embedder: \d+ bytes at byte \d+ cannot be read"):
             pipe(**PROMPT, **FAST)
@@ -427,7 +444,7 @@ def test_without_a_budget_only_what_comes_again_and_again_leaves_the_page_cache(
 def test_a_closed_pipeline_measures_the_process_anew(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = [1 << 30]
     monkeypatch.setattr(streaming, "process_memory", lambda: ProcessMemory(held[0], 0, 0, 0))
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram="2GiB") as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram="2GiB") as pipe:
         pipe(**PROMPT, **FAST)
         before = pipe.streamer.process_bytes
         held[0] = 300 << 20
@@ -442,7 +459,7 @@ def test_mapped_weights_are_not_taken_for_memory_that_would_come_free(
 ) -> None:
     monkeypatch.setattr(streaming, "_HOST_STEP", 4096)
     monkeypatch.setattr(streaming, "available_host_bytes", lambda: streaming._HOST_SPARE + (1 << 30))
-    with L2PPipeline.from_pretrained(model, dtype="fp32", io=io) as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", io=io) as pipe:
         before = pipe.streamer._ram()
         pipe(**PROMPT, **FAST)
         (stream,) = pipe.streamer.streams
@@ -454,7 +471,7 @@ def test_mapped_weights_are_not_taken_for_memory_that_would_come_free(
 
 def test_figures_of_the_latest_phases_are_kept_and_of_no_more(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "_KEPT_CLOSED", 3)
-    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32") as pipe:
         for _ in range(6):
             pipe(**PROMPT, **FAST)
             pipe.close()
@@ -488,16 +505,16 @@ def test_a_file_that_changes_under_way_stops_the_run_by_name(model: Path, change
         else:
             os.utime(model, ns=(1, 1))
 
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=smallest_ram(model)) as pipe:
         with pytest.raises(CheckpointError, match=rf"{model.name}.*(replaced|cut short|modified since|was removed)"):
             pipe(**PROMPT, **FAST, callback_on_step_end=spoil)
         model.write_bytes(whole)
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=smallest_ram(model)) as pipe:
         assert torch.equal(pipe(**PROMPT, **FAST).images, resident_picture(model))
 
 
 def test_an_exception_inside_a_block_leaves_a_pipeline_that_works(model: Path, monkeypatch) -> None:
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=smallest_ram(model)) as pipe:
         block = pipe.transformer.layers[1]
         with monkeypatch.context() as patch:
             patch.setattr(block, "update_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -509,14 +526,14 @@ def test_an_exception_inside_a_block_leaves_a_pipeline_that_works(model: Path, m
 
 
 def test_an_interrupted_run_leaves_a_pipeline_that_works(model: Path) -> None:
-    with L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model)) as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=smallest_ram(model)) as pipe:
         pipe(**PROMPT, **FAST, callback_on_step_end=lambda pipe, *_: pipe.interrupt())
 
         assert torch.equal(pipe(**PROMPT, **FAST).images, resident_picture(model))
 
 
 def test_a_pipeline_nobody_closes_is_closed_by_the_garbage_collector(model: Path) -> None:
-    pipe = L2PPipeline.from_pretrained(model, dtype="fp32", ram=smallest_ram(model))
+    pipe = L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=smallest_ram(model))
     pipe(**PROMPT, **FAST)
     assert any(thread.name.startswith("offload") for thread in threading.enumerate())
 
@@ -555,7 +572,7 @@ def test_memory_options_that_mean_nothing_are_refused(model: Path, options: dict
 def test_the_plan_is_the_same_on_the_second_run(model: Path) -> None:
     plans = []
     for _ in range(2):
-        with L2PPipeline.from_pretrained(model, dtype="fp32", ram="1GiB") as pipe:
+        with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram="1GiB") as pipe:
             pipe(**PROMPT, **FAST)
             plans += [stream.plan for stream in pipe.streamer.streams]
 
@@ -563,7 +580,7 @@ def test_the_plan_is_the_same_on_the_second_run(model: Path) -> None:
 
 
 def test_the_table_has_a_line_per_phase(model: Path) -> None:
-    with L2PPipeline.from_pretrained(model, dtype="fp32") as pipe:
+    with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32") as pipe:
         pipe(**PROMPT, **FAST)
         table = phase_table(pipe.phases)
         (figures,) = pipe.phases
