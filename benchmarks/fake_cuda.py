@@ -179,6 +179,9 @@ class Memory(TorchDispatchMode):
         scratch = sum(rounded(nbytes) for nbytes in _copied_inputs(func, args))
         held = self._hold(scratch, func) if scratch else None
         result = func(*args, **kwargs)
+        if func is aten.convolution.default and _has_channels_last(args[0]):
+            # cuDNN's order, which a build without CUDA does not know of.
+            result = torch.empty_like(result, memory_format=torch.channels_last)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == "cuda":
                 self._count(leaf.untyped_storage(), func)
@@ -232,10 +235,10 @@ class Memory(TorchDispatchMode):
 
 _OWN_COPIES = {
     aten.convolution.default,
-    aten.max_pool2d_with_indices.default,
     aten.upsample_nearest2d.default,
     *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []),  # not in torch 2.6
 }
+_LEAST_TURNED_CHANNELS = 8
 _MATRIX_OPERANDS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2)}
 
 
@@ -250,14 +253,28 @@ def _is_composite(func: Any) -> bool:
 def _copied_inputs(func: Any, args: Any) -> Iterator[int]:
     """Bytes of each copy that a CUDA kernel makes of its inputs for as long as it runs."""
     if func in _OWN_COPIES:
-        if args[0].device.type == "cuda" and not args[0].is_contiguous():
-            yield args[0].nbytes
+        x = args[0]
+        if x.device.type == "cuda" and not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            yield x.nbytes
+        if func is aten.convolution.default and _turns_maps(x):
+            # Input and output in the kernel's order; as measured on an H200 with cuDNN 9.19.
+            yield x.nbytes
+            yield x.nbytes // x.shape[1] * args[1].shape[0]
     elif func in _MATRIX_OPERANDS:
         operands = [args[index] for index in _MATRIX_OPERANDS[func]]
         yield from (t.nbytes for t in operands if t.device.type == "cuda" and not _suits_blas(t))
     elif func is aten.copy_.default and args[0].device.type != args[1].device.type:
         # Strided device memory passes through a contiguous copy on its way to or from the host.
         yield from (t.nbytes for t in args[:2] if t.device.type == "cuda" and not t.is_contiguous())
+
+
+def _turns_maps(x: Tensor) -> bool:
+    """Whether cuDNN copies maps to where channels come last, and back. Of a picture's few channels it does not."""
+    return x.device.type == "cuda" and x.shape[1] >= _LEAST_TURNED_CHANNELS and not _has_channels_last(x)
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.shape[1] > 1 and x.stride(1) == 1
 
 
 def _suits_blas(matrix: Tensor) -> bool:

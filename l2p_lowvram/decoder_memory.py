@@ -22,8 +22,6 @@ from .segment import Piece, Segment, reserved_bytes
 # Tile sides in pixels that plans are made of: few, so that most budgets share a plan and hence every bit.
 TILE_SIDES = (256, 512, 1024, 2048)
 MOST_STAGES = 3
-# Of a position that a pooling picked, which torch writes down although nobody asks.
-_INDEX_BYTES = 8
 # Tiles of one axis: `encoder_tiles` or `decoder_tiles`.
 _Cut = Callable[[DecoderConfig, Stage, int], Sequence[Tile]]
 
@@ -129,7 +127,7 @@ class _Walk:
             self._give(x)
             area //= 4
             x = self._map(level.encoder, area)
-            self._give(self.segment.take(level.encoder * area * _INDEX_BYTES), None if joins is not None else skip)
+            self._give(None if joins is not None else skip)
         assert x is not None
         return x
 

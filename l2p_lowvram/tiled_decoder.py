@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tiling.conv import Tile
 
-from .decoder import LocalDecoder, level_inputs, level_outputs, nearest_resize
+from .decoder import LocalDecoder, empty_map, level_inputs, level_outputs, nearest_resize
 from .decoder_plan import DecoderPlan, Stage, decoder_tiles, encoder_tiles
 
 # (rows, columns) of the picture -> pixels (B, 3, rows, columns) on the device, in the decoder's dtype
@@ -68,7 +68,7 @@ def _encode_stage(decoder: LocalDecoder, stage: Stage, size: tuple[int, int], re
     """The pooled output (B, C, h, w) of a stage, as a whole, with the batch, dtype and device of `like`."""
     # Before the first tile: what lives longer lies below.
     channels = level_inputs(decoder.config, stage.stop)
-    pooled = like.new_empty(like.shape[0], channels, size[0] >> stage.stop, size[1] >> stage.stop)
+    pooled = empty_map(like, channels, [side >> stage.stop for side in size])
     for rows, columns in product(*(encoder_tiles(decoder.config, stage, side) for side in size)):
         crop = read(rows.read, columns.read)  # alive until its tile is done, in any version of Python
         part = decoder.encode(crop, stage.levels)
@@ -87,8 +87,8 @@ def _decode_stage(
     grid = list(product(*(decoder_tiles(decoder.config, stage, side) for side in size)))
     output = below.new_empty(0)
     if stage.first and len(grid) > 1:
-        shape = (level_outputs(decoder.config, stage.first), size[0] >> stage.first, size[1] >> stage.first)
-        output = below.new_empty(below.shape[0], *shape)
+        channels = level_outputs(decoder.config, stage.first)
+        output = empty_map(below, channels, [side >> stage.first for side in size])
     for tile in grid:
         rows, columns = tile
         part = _decode_tile(decoder, stage, size, read(rows.read, columns.read), below, tile)

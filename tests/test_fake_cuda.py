@@ -111,7 +111,7 @@ def test_a_norm_with_another_dtype_is_a_chain_in_fp32(cuda: FakeCuda) -> None:
 
 
 def test_kernels_copy_strided_inputs_for_as_long_as_they_run(cuda: FakeCuda) -> None:
-    whole, weight = made(1, 8, 64, 128), made(4, 8, 1, 1)
+    whole, weight = made(1, 3, 64, 128), made(4, 3, 1, 1)
     crop = whole[..., :64]
     before = cuda.memory.current
 
@@ -121,13 +121,18 @@ def test_kernels_copy_strided_inputs_for_as_long_as_they_run(cuda: FakeCuda) -> 
     assert cuda.memory.current - before == result.nbytes
 
 
-def test_pooling_makes_indices_of_eight_bytes(cuda: FakeCuda) -> None:
-    x = made(1, 4, 64, 64)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_convolutions_turn_maps_whose_channels_are_not_last(cuda: FakeCuda, is_last: bool) -> None:
+    order = torch.channels_last if is_last else torch.contiguous_format
+    x = torch.empty(1, 64, 32, 32, device=FakeCuda.device, memory_format=order)
+    weight = made(16, 64, 3, 3)
+    before = cuda.memory.current
 
-    pooled = F.max_pool2d(x, 2)
+    result = F.conv2d(x, weight, padding=1)
 
-    assert cuda.memory.peak == x.nbytes + pooled.nbytes + 8 * pooled.numel()
-    assert cuda.memory.current == x.nbytes + pooled.nbytes
+    turned = 0 if is_last else x.nbytes + result.nbytes
+    assert cuda.memory.peak - before == result.nbytes + turned
+    assert result.is_contiguous(memory_format=order)
 
 
 def test_a_transposed_weight_is_multiplied_as_it_is_and_every_second_column_is_not(cuda: FakeCuda) -> None:

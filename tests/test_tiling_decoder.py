@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fake_cuda import FakeCuda
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from l2p_lowvram import decoder_plan
+from l2p_lowvram import decoder, decoder_plan
 from l2p_lowvram.config import ModelConfig
 from l2p_lowvram.decoder import LocalDecoder, decoder_layers, encoder_layers, merge_layers, nearest_resize
 from l2p_lowvram.decoder_memory import choose_plan, decoder_memory
 from l2p_lowvram.decoder_plan import DecoderJob, DecoderPlan, Stage, macs, overhead, whole_plan
 from l2p_lowvram.families import PUBLISHED
+from l2p_lowvram.linear import Conv2d
 from l2p_lowvram.synthetic import mini_config
 from l2p_lowvram.tiled_decoder import decode_tiled, reading, writing_velocity
 from l2p_lowvram.weights import bind
@@ -131,6 +133,40 @@ def test_the_whole_plan_is_the_decoder_bit_for_bit(family: str):
     velocity = run(decoder, whole_plan(config.decoder), pixels, features)
 
     assert torch.equal(velocity, -decoder(pixels, features))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", PATCHES)
+def test_maps_that_lie_as_on_a_card_give_the_same_picture(family: str, monkeypatch: pytest.MonkeyPatch):
+    config = mini_config(PATCHES[family])
+    model = random_decoder(config, torch.float64)
+    pixels, features = random_inputs(family, config, torch.float64)
+    expected = model(pixels, features).neg()
+    monkeypatch.setattr(decoder, "map_format", lambda device: torch.channels_last)
+    otherwise: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Conv2d):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: otherwise.update([name] if args[0].stride(1) != 1 else [])
+            )
+            if module.kernel_size == (1, 1):
+                monkeypatch.setattr(module, "forward", module._at_each_position)
+
+    got = run(model, stages(family, 1), pixels, features)
+
+    assert relative(got - expected, expected) < 1e-12
+    assert otherwise == {f"enc{config.decoder.levels[0].name}.0"}, "the picture alone lies otherwise"
+
+
+@torch.inference_mode()
+def test_a_map_is_halved_as_by_pooling_from_any_view():
+    x = torch.randn(2, 9, 24, 34).to(torch.bfloat16)
+    x[0, 5, 3, 7] = float("nan")
+    views = [x, x[:, 2:6], x[..., 3:11, 5:21], x.contiguous(memory_format=torch.channels_last)[:, 1:, 2:, :30]]
+
+    for view in views:
+        assert torch.equal(decoder.halved(view).nan_to_num(7), F.max_pool2d(view, 2).nan_to_num(7))
+        assert decoder.halved(view).isnan().sum() == F.max_pool2d(view, 2).isnan().sum()
 
 
 @torch.inference_mode()
@@ -293,6 +329,17 @@ def test_the_predicted_segment_holds_the_decoder(family: str, width: int, height
 
     assert memory.tensors <= memory.segment <= reserved
     assert reserved <= memory.segment + (4 << 20), "what is under 1 MiB lies elsewhere"
+
+
+def test_maps_with_channels_first_would_take_more_of_a_card(monkeypatch: pytest.MonkeyPatch):
+    config, job = PUBLISHED["1k"], DecoderJob.of(PUBLISHED["1k"], 1024, 1024)
+    plan = whole_plan(config.decoder)
+    segment = decoder_memory(job, plan, itemsize=2, room=1).segment
+    fits = reserved_for(job, plan, config, segment) <= segment + (4 << 20)
+    monkeypatch.setattr(decoder, "map_format", lambda device: torch.contiguous_format)
+
+    assert fits
+    assert reserved_for(job, plan, config, segment) > segment + (200 << 20)
 
 
 @pytest.mark.parametrize(
