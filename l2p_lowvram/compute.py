@@ -29,8 +29,10 @@ from .profiles import run_seconds
 MARGIN, CPU_MARGIN = 1.25, 0.8
 # Narrower layers spend their time on calls, not on sums: `auto` dequantises them, unmeasured.
 _LEAST_COLUMNS = 512
-# Rows that kernels are measured on: a picture of 512 x 512 with patches of 16; on a CPU fewer, and a part of the
-# outputs, so that a run begins some tens of milliseconds later and not a second.
+# Rows that kernels are measured on: a picture of 1024 x 1024 with patches of 16, since fewer would measure how fast a
+# fast card is given work (on an H200, int8 was 1.8 times as fast for 1,024 and slower for 4,096); on a CPU fewer, and a
+# part of the outputs, so that a run begins some tens of milliseconds later and not a second.
+_CARD_TOKENS = 4096
 _MEASURED_TOKENS = {"cpu": 512}
 _MEASURED_OUTPUTS = {"cpu": 2048}
 _CHECKED_ROWS = 64
@@ -182,7 +184,7 @@ def _layer_and_input(size: LayerSize, device: torch.device, dtype: torch.dtype) 
     with torch.device("meta"):
         layer = Linear(size.columns, outputs, bias=False)
     layer.quantize_(weight.to(device), torch.rand(outputs, 1, generator=generator).to(device))
-    tokens = _MEASURED_TOKENS.get(device.type, 1024)
+    tokens = _MEASURED_TOKENS.get(device.type, _CARD_TOKENS)
     return layer, torch.randn(1, tokens, size.columns, generator=generator).to(device, dtype)
 
 

@@ -12,11 +12,12 @@ DISK_RATE, CACHED_RATE, LINK_RATE = 1.5e9, 5e9, 6e9
 CPU_FLOPS, CARD_FLOPS = 60e9, 200e12
 # Of a prompt that nobody has tokenised yet.
 PROMPT_TOKENS = 64
-# The CUDA context, and what cuBLAS and cuDNN take beside the tensors.
+# The CUDA context of a card that is not at hand (`context` measures those that are), and what cuBLAS and cuDNN take
+# from torch's allocator.
 CONTEXT_BYTES = 512 << 20
 WORKSPACE_BYTES = 128 << 20
 
 
-def default_vram(free: int) -> int:
-    """The budget where none is given. free: of a card, in bytes, its context's share being taken already."""
-    return free // 20 * 19 + CONTEXT_BYTES
+def default_vram(free: int, context: int = CONTEXT_BYTES) -> int:
+    """The budget where none is given. free: of a card, in bytes, the context's share being taken already."""
+    return free // 20 * 19 + context

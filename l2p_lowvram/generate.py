@@ -21,7 +21,8 @@ from offload import MemoryWatch, format_bytes, peak_device_bytes, process_memory
 
 from . import images, metadata
 from .console import print_line, say
-from .estimates import CONTEXT_BYTES, PROMPT_TOKENS
+from .context import held_context_bytes
+from .estimates import PROMPT_TOKENS
 from .order import Order, Picture, Preview, take_order
 from .progress import Progress
 from .report import budget_record, phase_record, phase_table
@@ -435,10 +436,10 @@ def make_report(run: Run, settings: metadata.RunSettings, watch: MemoryWatch) ->
 
 def _held_bytes(run: Run, watch: MemoryWatch) -> int:
     """What counts towards the budget: on the CPU anonymous memory and mapped weights, at most; elsewhere torch's peak
-    and the context's allowance, which torch does not see."""
+    and what the driver holds beside it."""
     on_device = peak_device_bytes(run.pipe.device)
     if on_device is not None:
-        return on_device + CONTEXT_BYTES
+        return on_device + held_context_bytes(run.pipe.device, run.pipe.streamer.context_bytes)
     if not watch.kinds_told:  # mapped weights are among what counts as anonymous
         return watch.peak_anonymous
     return watch.peak_anonymous + max((figures.mapped_bytes for figures in run.pipe.phases), default=0)

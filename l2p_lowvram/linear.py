@@ -251,7 +251,10 @@ class Linear(nn.Module):
                 continue
             weight = self._take(rows.stop - rows.start, x.dtype)
             self._convert_into(weight, rows, scaled=output_scale is None)
-            if output_scale is None:
+            if output_scale is None and added is None and x.device.type != "cpu":
+                # Where it is to be, in one kernel; a CPU's copies a result that lies apart.
+                torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out=result.view(-1, self.out_features)[:, rows])
+            elif output_scale is None:
                 out.copy_(product(x, weight, added))
             elif writes_scaled:
                 flat = result.view(-1, self.out_features)[:, rows]

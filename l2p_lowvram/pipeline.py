@@ -30,6 +30,7 @@ from .arguments import number, whole_number
 from .choices import INT8
 from .compute import DEQUANTISED, Compute, LayerSize, choose_compute, without_int8
 from .config import IMAGE_CHANNELS, ModelConfig
+from .context import context_bytes
 from .devices import choose_device, choose_dtype, full_fp32, in_host_memory, on_device, stream_dtype
 from .errors import NonFiniteError, is_out_of_memory
 from .model import Caption, L2PTransformer, Room, State, padded_length
@@ -219,7 +220,7 @@ class L2PPipeline:
         files = locate_model(model, text_encoder=text_encoder, tokenizer=tokenizer)
         return cls.from_streamer(
             files,
-            Streamer(place, memory),
+            Streamer(place, memory, context_bytes=context_bytes(place, kind)),
             kind,
             prompt_cache=prompt_cache,
             bf16_timestep=bf16_timestep,

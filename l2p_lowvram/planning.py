@@ -105,11 +105,16 @@ class Planner:
     def __init__(self, files: ModelFiles, profile: DeviceProfile, options: MemoryOptions) -> None:
         """Raises CheckpointError, ValueError for --vram on a CPU."""
         self._profile = profile
-        vram = default_vram(profile.memory) if options.vram is None and not profile.is_cpu else options.vram
+        vram = (
+            default_vram(profile.memory, profile.context)
+            if options.vram is None and not profile.is_cpu
+            else options.vram
+        )
         # Never "auto": that would read the file to find out.
         io = "read" if options.io == "auto" else options.io
         options = MemoryOptions(vram, options.ram, options.pin, io, options.slots)
-        self._streamer = Streamer(torch.device("cpu" if profile.is_cpu else "cuda"), options)
+        place = torch.device("cpu" if profile.is_cpu else "cuda")
+        self._streamer = Streamer(place, options, context_bytes=profile.context)
         self._opened = files.open_transformer(self._streamer)
         self._encoder = files.text_encoder(self._streamer, stream_dtype(DTYPES[profile.dtype]))
 

@@ -20,6 +20,7 @@ from offload import Checkpoint, CheckpointError, available_device_bytes, format_
 from offload.header import parse_json_object, shown
 
 from .choices import DTYPE_CHOICES
+from .context import context_bytes
 from .devices import DTYPES, choose_device, choose_dtype
 from .estimates import CONTEXT_BYTES, CPU_FLOPS, DISK_RATE
 
@@ -35,7 +36,8 @@ _MAX_NAME = 120
 class DeviceProfile:
     """memory: bytes of the device that are free beside its context. flops: multiplications and additions a second that
     are reached. link, disk: bytes a second to the device and from the file; link is None where there is none (CPU).
-    dtype: what it computes in, "bf16", "fp16" or "fp32". source: where the figures come from.
+    dtype: what it computes in, "bf16", "fp16" or "fp32". source: where the figures come from. context: bytes that the
+    driver holds beside tensors, the usual allowance where that is not known.
 
     Raises ValueError for figures that cannot be.
     """
@@ -47,13 +49,14 @@ class DeviceProfile:
     disk: float
     dtype: str
     source: str
+    context: int = CONTEXT_BYTES
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isprintable() or len(self.name) > _MAX_NAME:
             raise ValueError(f"name of a device profile must be one line of text, got {self.name!r:.40}")
         if not isinstance(self.source, str):
             raise ValueError(f"source of a device profile must be text, got {self.source!r:.40}")
-        for what in ("memory", "flops", "link", "disk"):
+        for what in ("memory", "flops", "link", "disk", "context"):
             value = getattr(self, what)
             if what == "link" and value is None:
                 continue
@@ -109,9 +112,11 @@ def choose_profile(name: str | None, *, vram: int | None, dtype: str) -> DeviceP
 def _of_this_machine(*, has_budget: bool) -> DeviceProfile:
     """Memory and dtype as they are here, rates as a guess. has_budget: for a card, whether there is one or not."""
     if torch.cuda.is_available():
-        card = torch.device("cuda")
+        card = choose_device("cuda")
+        dtype = choose_dtype(None, card)
+        context = context_bytes(card, dtype)  # before what is free is asked for: it is taken from that
         memory = available_device_bytes(card) or ANY_CARD.memory
-        return replace(ANY_CARD, memory=memory, dtype=_name_of(choose_dtype(None, card)))
+        return replace(ANY_CARD, memory=memory, dtype=_name_of(dtype), context=context)
     if has_budget:
         return ANY_CARD
     return replace(ANY_CPU, dtype=_name_of(choose_dtype(None, torch.device("cpu"))))
@@ -146,7 +151,7 @@ def _from_json(raw: bytes, path: Path) -> DeviceProfile:
         raise ValueError(f"it is larger than the {_MAX_JSON_BYTES} bytes that none needs")
     values = parse_json_object(raw, path, "it", floats=True)
     names = {field.name for field in fields(DeviceProfile)}
-    for name in sorted(values.keys() ^ names):
+    for name in sorted((values.keys() | {"context"}) ^ names):  # context was not in files of earlier versions
         raise ValueError(f"it lacks {name}" if name in names else f"it has the unknown entry {shown(name)}")
     return DeviceProfile(**values)
 
@@ -178,12 +183,13 @@ def measure_here(device: str, dtype: str, model: str | None) -> DeviceProfile:
         if not probe.rates:
             raise ValueError(f"{model} cannot be read: {probe.reason}")
         disk, disk_source = probe.rates[probe.io], probe.reason
+    context = context_bytes(place, kind)
     memory = available_device_bytes(place)
     if memory is None:
         raise ValueError(f"device {place} does not tell how much memory it has, so it has no profile")
     link = None if place.type == "cpu" else _link_rate(place)
     source = f"measured with torch {torch.__version__}; disk: {disk_source}"
-    return DeviceProfile(str(place), memory, _flops(place, kind), link, disk, _name_of(kind), source)
+    return DeviceProfile(str(place), memory, _flops(place, kind), link, disk, _name_of(kind), source, context)
 
 
 @torch.inference_mode()

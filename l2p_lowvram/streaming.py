@@ -230,12 +230,13 @@ class Streamer:
     """Opens the weights of phases on one device within one budget.
 
     Phases share the budget: one is closed when another has no room beside it. streams: the open ones and the latest
-    of those that were, for their figures.
+    of those that were, for their figures. context_bytes: what a card's driver holds beside the tensors.
     """
 
     device: torch.device
     options: MemoryOptions = field(default_factory=MemoryOptions)
     streams: list[WeightStream] = field(default_factory=list)
+    context_bytes: int = CONTEXT_BYTES
     _past_fallbacks: list[str] = field(default_factory=list)
     _probes: dict[str, IoProbe] = field(default_factory=dict)
     _ring_device: OwnedDevice | None = None
@@ -306,7 +307,7 @@ class Streamer:
 
     def _allocator_limit(self) -> int | None:
         """What torch's allocator may reserve. Library workspaces are in it: cuBLAS and cuDNN get theirs from there."""
-        return None if self.options.vram is None else max(self.options.vram - CONTEXT_BYTES, 0)
+        return None if self.options.vram is None else max(self.options.vram - self.context_bytes, 0)
 
     def require_room(self, checkpoint: Checkpoint, demand: PhaseDemand) -> None:
         """Raise BudgetError unless the phase fits, no other being open."""
@@ -433,7 +434,7 @@ class Streamer:
         return Budget(
             vram,
             demand.activations,
-            reserved=CONTEXT_BYTES + WORKSPACE_BYTES + held,
+            reserved=self.context_bytes + WORKSPACE_BYTES + held,
             host=host,
             pinned=min(pin, host),
             staging=min(_STAGING_BYTES, host),
@@ -446,7 +447,7 @@ class Streamer:
             return self.options.vram
         if self._free_vram is None:
             held = sum(stream.device_bytes for stream in self.streams)
-            self._free_vram = default_vram(self._free_device_bytes() + held)
+            self._free_vram = default_vram(self._free_device_bytes() + held, self.context_bytes)
         return self._free_vram
 
     def _free_device_bytes(self) -> int:
@@ -458,7 +459,7 @@ class Streamer:
         """Where less is free than was asked for."""
         if self.options.vram is None:
             return
-        free = self._free_device_bytes() + CONTEXT_BYTES
+        free = self._free_device_bytes() + self.context_bytes
         self._notices = []  # of an earlier opening, when other bytes were free
         if self.options.vram > free:
             self._notices.append(

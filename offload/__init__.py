@@ -24,6 +24,7 @@ from offload.blocks import Block, Extent, Part, SlotLayout, TensorSource
 from offload.checkpoint import Checkpoint
 from offload.cuda import CudaDevice
 from offload.devices import CpuDevice, Device, OwnedDevice
+from offload.driver import driver_bytes
 from offload.errors import BudgetError, CheckpointError
 from offload.header import TensorInfo
 from offload.identity import FileIdentity
@@ -76,6 +77,7 @@ __all__ = [
     "available_device_bytes",
     "available_host_bytes",
     "default_pin_limit",
+    "driver_bytes",
     "format_bytes",
     "module_bytes",
     "parse_bytes",

@@ -1622,6 +1622,7 @@ def test_on_a_card_the_budget_is_that_of_its_memory_and_counts_the_context(
     def load_on_a_card(model: str, **given: Any) -> FakePipeline:
         loaded = load(model, **given)
         loaded.memory = MemoryOptions(**options)
+        loaded.streamer = types.SimpleNamespace(context_bytes=CONTEXT_BYTES)
         loaded.phases = [figures(planned_bytes=planned) for planned in (1, 1024 * MIB)]
         return loaded
 

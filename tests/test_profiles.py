@@ -1,6 +1,7 @@
 """Device profiles: a table with sources, files, and the machine at hand."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,19 @@ def test_without_a_name_plans_are_for_the_dtype_of_this_machine(
 def test_without_a_name_plans_are_for_the_memory_of_the_card_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(profiles, "available_device_bytes", lambda device: 6 << 30)
+    monkeypatch.setattr(profiles, "choose_device", torch.device)
     monkeypatch.setattr(profiles, "choose_dtype", lambda dtype, device: torch.float16)
+    monkeypatch.setattr(profiles, "context_bytes", lambda device, dtype: 700 << 20)
 
     profile = choose_profile(None, vram=None, dtype="auto")
 
     assert (profile.memory, profile.dtype, profile.is_cpu) == (6 << 30, "fp16", False)
+    assert profile.context == 700 << 20
+
+
+def test_a_profile_of_an_earlier_version_has_the_usual_context(tmp_path: Path) -> None:
+    values = {key: value for key, value in asdict(ANY_CARD).items() if key != "context"}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(values))
+
+    assert find_profile(str(path)) == ANY_CARD
