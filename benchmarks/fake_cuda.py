@@ -269,8 +269,10 @@ def _copied_inputs(func: Any, args: Any) -> Iterator[int]:
 
 
 def _turns_maps(x: Tensor) -> bool:
-    """Whether cuDNN copies maps to where channels come last, and back. Of a picture's few channels it does not."""
-    return x.device.type == "cuda" and x.shape[1] >= _LEAST_TURNED_CHANNELS and not _has_channels_last(x)
+    """Whether cuDNN copies maps to another order of channels, and back: last in half precision, else first. Of a
+    picture's few channels it does not."""
+    is_turned = _has_channels_last(x) != (x.dtype.itemsize == 2)
+    return x.device.type == "cuda" and x.shape[1] >= _LEAST_TURNED_CHANNELS and is_turned
 
 
 def _has_channels_last(x: Tensor) -> bool:

@@ -154,17 +154,18 @@ def level_outputs(config: DecoderConfig, index: int) -> int:
     return config.levels[index].out if index < len(config.levels) else config.bottleneck
 
 
-def map_format(device: torch.device) -> torch.memory_format:
-    """How maps lie: on cards channels last, as cuDNN's kernels for matrix units want them. Given another order it
-    copies inputs and outputs in a workspace as large as both (384 MiB at 1024 x 1024), or where that does not fit takes
-    another algorithm, with other last bits and in more time."""
-    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+def map_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """How maps lie: on cards in half precision channels last, as cuDNN's kernels for matrix units want them; those for
+    full fp32 want them first. Given the other order cuDNN copies inputs and outputs in a workspace as large as both
+    (384 MiB at 1024 x 1024 in bf16), or where that does not fit takes another algorithm, with other last bits."""
+    is_half = device.type != "cpu" and dtype.itemsize == 2
+    return torch.channels_last if is_half else torch.contiguous_format
 
 
 def empty_map(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """(B, channels, *size), with the batch, dtype and device of `like`."""
     shape = (like.shape[0], channels, *size)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=map_format(like.device))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=map_format(like.device, like.dtype))
 
 
 def halved(x: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ _CPU_KERNEL_BYTES = 29 << 20
 # most tokens that it multiplies in half precision with int8 values: it converts these for every few hundred.
 _LEAST_KERNEL_COLUMNS = 512
 _MOST_STORED_TOKENS = 640
+# Of converted rows that a card multiplies at a time: fewer are faster to write than to ask for.
+_CARD_PRODUCT_BYTES = 32 << 20
 # Of outputs in fp32 on their way to half precision.
 _CPU_SCALED_BYTES = 2 << 20
 
@@ -49,12 +51,14 @@ def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
     nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
     if device.type == "cpu" and itemsize == 2:
         return 2 * nbytes + max(max(_CPU_HALF_BYTES, held) + _CPU_SCALED_BYTES, _CPU_KERNEL_BYTES)
-    return 2 * nbytes + max(nbytes * itemsize // 4, held)
+    return 2 * nbytes + max(nbytes * itemsize // 4 if device.type == "cpu" else _CARD_PRODUCT_BYTES, held)
 
 
 def product_bytes(device: torch.device, dtype: torch.dtype, tokens: int, columns: int, outputs: int) -> int:
     """Of what one slice of a converted weight (outputs, columns) makes of so many tokens, before it is where it is to
-    be."""
+    be. On cards it is written there at once."""
+    if device.type != "cpu":
+        return 0
     return tokens * min(_multiplied_rows(device, dtype, columns, outputs), outputs) * dtype.itemsize
 
 
@@ -68,7 +72,9 @@ def _multiplied_rows(
     device: torch.device, dtype: torch.dtype, columns: int, outputs: int, writes_scaled: bool = False
 ) -> int:
     """Rows that are multiplied at a time: in slices of equal size, where a CPU's matrix units want many."""
-    if device.type != "cpu" or dtype.itemsize != 2:
+    if device.type != "cpu":
+        return max(_CARD_PRODUCT_BYTES // (dtype.itemsize * columns) // 64, 1) * 64
+    if dtype.itemsize != 2:
         return _slice_rows(device, columns)
     if writes_scaled:
         most = _CPU_KERNEL_BYTES // (dtype.itemsize * columns)
@@ -326,7 +332,7 @@ class Linear(nn.Module):
     def _convert_into(self, out: Tensor, rows: slice, *, scaled: bool = True) -> Tensor:
         """out := the weight's rows (n, K) in out's dtype, a slice at a time; `scaled`, or as they are stored."""
         start, stop, _ = rows.indices(self.out_features)
-        step = _slice_rows(out.device, self.in_features)
+        step = max(stop - start, 1) if self._converts_at_once else _slice_rows(out.device, self.in_features)
         for first, piece in zip(range(start, stop, step), out.split(step), strict=True):
             self._convert_slice(piece, slice(first, min(first + step, stop)), scaled)
         return out
@@ -338,8 +344,7 @@ class Linear(nn.Module):
             out.copy_(stored)
             return
         scale = expand_scale(self.weight_scale, *self.weight.shape, span=rows)
-        if stored.device.type != "cpu" and stored.dtype == torch.int8 and self.rotation is None:
-            # One kernel: it multiplies in fp32 and rounds as it writes. On a CPU it would make copies inside.
+        if self._converts_at_once:
             torch.mul(stored, scale, out=out)
             return
         plain = self.rotation is None and out.dtype == torch.float32
@@ -351,6 +356,11 @@ class Linear(nn.Module):
             values = self.rotation.apply(values, target)
         if values.dtype != out.dtype:
             out.copy_(values)
+
+    @property
+    def _converts_at_once(self) -> bool:
+        """One kernel, which multiplies in fp32 and rounds as it writes. On a CPU it would make copies inside."""
+        return self.weight.device.type != "cpu" and self.weight.dtype == torch.int8 and self.rotation is None
 
     def _take_fp32(self, name: str, shape: torch.Size) -> Tensor:
         return self.scratch.take(name, shape, torch.float32, self.weight.device)

@@ -122,15 +122,18 @@ def test_kernels_copy_strided_inputs_for_as_long_as_they_run(cuda: FakeCuda) -> 
 
 
 @pytest.mark.parametrize("is_last", [False, True])
-def test_convolutions_turn_maps_whose_channels_are_not_last(cuda: FakeCuda, is_last: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_convolutions_turn_maps_that_lie_otherwise_than_the_kernel_wants(
+    cuda: FakeCuda, is_last: bool, dtype: torch.dtype
+) -> None:
     order = torch.channels_last if is_last else torch.contiguous_format
-    x = torch.empty(1, 64, 32, 32, device=FakeCuda.device, memory_format=order)
-    weight = made(16, 64, 3, 3)
+    x = torch.empty(1, 64, 32, 32, device=FakeCuda.device, memory_format=order, dtype=dtype)
+    weight = made(16, 64, 3, 3, dtype=dtype)
     before = cuda.memory.current
 
     result = F.conv2d(x, weight, padding=1)
 
-    turned = 0 if is_last else x.nbytes + result.nbytes
+    turned = 0 if is_last == (dtype == torch.bfloat16) else x.nbytes + result.nbytes
     assert cuda.memory.peak - before == result.nbytes + turned
     assert result.is_contiguous(memory_format=order)
 

@@ -142,7 +142,7 @@ def test_maps_that_lie_as_on_a_card_give_the_same_picture(family: str, monkeypat
     model = random_decoder(config, torch.float64)
     pixels, features = random_inputs(family, config, torch.float64)
     expected = model(pixels, features).neg()
-    monkeypatch.setattr(decoder, "map_format", lambda device: torch.channels_last)
+    monkeypatch.setattr(decoder, "map_format", lambda device, dtype: torch.channels_last)
     otherwise: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, Conv2d):
@@ -336,7 +336,7 @@ def test_maps_with_channels_first_would_take_more_of_a_card(monkeypatch: pytest.
     plan = whole_plan(config.decoder)
     segment = decoder_memory(job, plan, itemsize=2, room=1).segment
     fits = reserved_for(job, plan, config, segment) <= segment + (4 << 20)
-    monkeypatch.setattr(decoder, "map_format", lambda device: torch.contiguous_format)
+    monkeypatch.setattr(decoder, "map_format", lambda device, dtype: torch.contiguous_format)
 
     assert fits
     assert reserved_for(job, plan, config, segment) > segment + (200 << 20)
