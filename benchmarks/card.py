@@ -170,11 +170,14 @@ def link_rate(nbytes: int = 1 << 30) -> float:
 
 
 def disk_rate(model: str) -> float:
-    """Bytes a second of reading the model's blocks as a run would, nothing else."""
+    """Bytes a second of reading the model's blocks as a run would, nothing else, from a cold file: what a step reads
+    again was dropped from the page cache after the step before."""
+    from limited import drop_cache
     from streaming import read_blocks
 
     from l2p_lowvram.model_weights import cut_into_blocks
 
+    drop_cache([Path(model)])
     with Checkpoint.open(model) as checkpoint:
         found = read_blocks(checkpoint, cut_into_blocks(read_layout(checkpoint))[0])
     return float(found["read_bytes"] / found["seconds"])

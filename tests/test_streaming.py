@@ -255,7 +255,7 @@ def test_with_a_budget_freed_activations_go_back_to_the_system(ram: int | None) 
     if ram:
         assert held < 16 << 20
     else:  # as glibc has it: how much it keeps by itself differs from system to system
-        assert held > held_after_freeing("nullcontext()", ram) // 2
+        assert held >= held_after_freeing("nullcontext()", ram) // 2
 
 
 def held_after_freeing(context: str, ram: int | None) -> int:
@@ -566,7 +566,7 @@ def test_vram_on_the_cpu_is_refused_with_the_way_out(model: Path) -> None:
 )
 def test_memory_options_that_mean_nothing_are_refused(model: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        L2PPipeline.from_pretrained(model, **options)
+        L2PPipeline.from_pretrained(model, **{"device": "cpu", **options})
 
 
 def test_the_plan_is_the_same_on_the_second_run(model: Path) -> None:
