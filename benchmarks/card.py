@@ -15,7 +15,8 @@ where the host memory, too, is less than the file). A process of its own per siz
     bits       whether the picture is that of weights that stay, to the bit. "other slices": the budget held only
                smaller ones, which change the last bits
 
-FOLDER/model.safetensors is made where it is missing (7.19 GB). Needs a CUDA card with 10 GiB free.
+--family takes the native high-resolution models' tensors and sizes instead. The file is made in FOLDER where it is
+missing (7.19 GB). Needs a CUDA card with 10 GiB free for the weights that stay; --no-resident leaves those out.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from l2p_lowvram.weights import load_transformer
 from offload import Checkpoint, Tier, format_bytes, parse_bytes
 
 CAPTION = 64
+SIZES = {"1k": [512, 1024, 2048], "4k": [4096], "8k": [8192], "10k": [10240]}
 _CARD = "cuda:0"
 
 
@@ -57,6 +59,7 @@ class Job:
     steps: int
     rounds: int
     compute: str
+    resident: bool
     budgets: tuple[tuple[int, int | None], ...]
 
 
@@ -195,13 +198,15 @@ def worker(job: Job) -> dict[str, Any]:
     with L2PPipeline.from_pretrained(job.model, device=_CARD, dtype="bf16", compute=job.compute) as pipe:
         compute = pipe.compute
     torch.cuda.empty_cache()
-    return {**rates, "resident": [resident(job, compute) for _ in range(job.rounds)], "streamed": runs}
+    whole = [resident(job, compute) for _ in range(job.rounds if job.resident else 0)]
+    return {**rates, "resident": whole, "streamed": runs}
 
 
 def figures_of(size: int, found: dict[str, Any]) -> list[Figure]:
-    whole = statistics.median(s for run in found["resident"] for s in run["seconds"][1:])
+    whole = statistics.median([s for run in found["resident"] for s in run["seconds"][1:]] or [0.0])
     figures = [
         Figure(f"{size}: weights on the card, step", whole, "s"),
+        Figure(f"{size}: arithmetic", found["streamed"][0]["compute"]),
         Figure(
             f"{size}: link alone, disk alone", f"{found['link_rate'] / 1e9:.1f}, {found['disk_rate'] / 1e9:.1f} GB/s"
         ),
@@ -216,9 +221,9 @@ def figures_of(size: int, found: dict[str, Any]) -> list[Figure]:
         held = max(run["used"] for run in runs)
         figures += [
             Figure(f"{told}, step (link {link:.3f} s, disk {disk:.3f} s)", step, "s"),
-            at_most(f"{told}, ratio", step / max(whole, link, disk), 1.10),
+            *([at_most(f"{told}, ratio", step / max(whole, link, disk), 1.10)] if whole else []),
             at_most(f"{told}, held of {runs[0]['planned'] / 2**30:.3f} planned", held / 2**30, vram / 2**30, "GiB"),
-            bits_of(told, found["resident"][0], runs),
+            *([bits_of(told, found["resident"][0], runs)] if whole else []),
         ]
     return figures
 
@@ -238,7 +243,9 @@ def budget(text: str) -> tuple[int, int | None]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("folder", type=Path, help="where the checkpoint is made and kept (7.2 GB)")
-    arguments.add_argument("--sizes", nargs="+", type=int, default=[512, 1024, 2048], help="pixels of a side")
+    arguments.add_argument("--family", default="1k", choices=SIZES, help="whose tensors the file has")
+    arguments.add_argument("--sizes", nargs="+", type=int, help="pixels of a side; 1k: 512 1024 2048, else its own")
+    arguments.add_argument("--no-resident", action="store_true", help="streamed runs alone")
     arguments.add_argument(
         "--budgets", nargs="+", default=["2GiB", "4GiB", "6GiB", "4GiB:3GiB"], help="VRAM or VRAM:RAM"
     )
@@ -248,20 +255,21 @@ def main() -> None:
     options = arguments.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA card; benchmarks/streaming.py measures CPUs")
-    model = options.folder / "model.safetensors"
+    family = options.family
+    model = options.folder / ("model.safetensors" if family == "1k" else f"model-{family}.safetensors")
     if not model.exists():
         model.parent.mkdir(parents=True, exist_ok=True)
-        make_synthetic([str(model)])
+        make_synthetic([str(model), *([] if family == "1k" else ["--family", family])])
     found, figures = {}, []
-    for size in options.sizes:
+    for size in options.sizes or SIZES[family]:
         budgets = tuple(budget(text) for text in options.budgets)
-        job = Job(str(model), size, options.steps, options.rounds, options.compute, budgets)
+        job = Job(str(model), size, options.steps, options.rounds, options.compute, not options.no_resident, budgets)
         command = [sys.executable, __file__, "--worker", json.dumps(asdict(job))]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[size] = json.loads(done.stdout.splitlines()[-1])
         figures += figures_of(size, found[size])
         print(f"{size} done", file=sys.stderr)
-    finish("card", figures, options, {"runs": found})
+    finish("card" if family == "1k" else f"card_{family}", figures, options, {"runs": found})
 
 
 if __name__ == "__main__":
