@@ -1,8 +1,9 @@
 """Our streaming beside others', the same modules and INT8 weights: `python benchmarks/peers.py FOLDER [--save]`.
 
-Forwards on the CPU, fp32, one branch, 32 caption tokens. Every run is a process of its own which begins with the
-file out of the page cache; contenders take turns, medians of --rounds (one from 256 tokens on, which take long and
-vary little). `peer_contenders.py` says how each is set up, and that all of them walk the same modules.
+Forwards of one branch, 32 caption tokens, on the CPU in fp32 unless --device and --dtype say otherwise. Every run is a
+process of its own which begins with the file out of the page cache; contenders take turns, medians of --rounds (one
+from 256 tokens on, which take long and vary little). `peer_contenders.py` says how each is set up, and that all of
+them walk the same modules.
 
     models   full (the published file's tensors, 7.19 GB), mid (its width, 6 layers, 2.62 GB), narrow (width 1024, 60
              layers, 1.10 GB), made in FOLDER where they are missing
@@ -21,6 +22,14 @@ group, --disk makes their disk slower ("500MB": what a SATA drive gives; needs r
 machine whose processors are slow for its disk shows both parts of the curve; --read-ahead sets how far Linux reads
 ahead meanwhile (root; 128 KiB unless a system says otherwise), on which loops that map a file depend. DiffSynth is
 installed into FOLDER without its dependencies. FOLDER/runs.json grows with every point.
+
+On a card (--device cuda) the later forwards count, for which every contender has had the chance to keep the weights in
+host memory: accelerate_cpu and diffusers begin with them there, the others find the file in the page cache, and we
+keep what --ram allows. `compute` is then a later forward with all weights on the card, `link` the copying of the
+blocks alone, from pinned memory; where that takes longer than computing, the point is link-bound, and the target
+at least 1.5 times as fast as each peer, elsewhere never slower. Memory of the card: most that torch's allocator
+reserved, and most that was used on it as the driver tells (sampled), contexts included. A peer that fails is told
+and left out.
 """
 
 from __future__ import annotations
@@ -48,6 +57,9 @@ MODELS = {
 }
 POINTS = ["full:32", "mid:32", "mid:256", "mid:1024", "narrow:32", "narrow:256", "narrow:1024"]
 PEERS = ["hand", "accelerate", "diffsynth", "diffusers"]
+ALL_PEERS = [*PEERS, "accelerate_cpu", "diffusers_disk"]
+# No contenders: they show the machine.
+MACHINE = ["compute", "read", "link"]
 DIFFSYNTH = "diffsynth==2.1.12"
 LONG = 256
 # Processor time of other programs beside a forward, as a share of its own: above it a ratio is told, not judged.
@@ -73,27 +85,37 @@ def measure(point: str, contenders: Sequence[str], options: Any) -> Runs:
     path = options.folder / f"{model}.safetensors"
     runs: Runs = {name: [] for name in contenders}
     for turn in range(1 if int(tokens) >= LONG else options.rounds):
-        order = [name for name in contenders if turn == 0 or name not in ("compute", "read")]
+        order = [name for name in contenders if turn == 0 or name not in MACHINE]
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             drop_cache([path])
             job = {
                 "model": str(path),
                 "tokens": int(tokens),
                 "scratch": str(options.folder),
-                "ram": None if options.ram == "least" else parse_bytes(options.ram),
+                "ram": None if options.ram in ("least", "free") else parse_bytes(options.ram),
+                "least": options.ram == "least",
+                "vram": options.vram,
                 "io": options.io,
                 "device": options.device,
+                "dtype": options.dtype,
                 "threads": options.threads,
-                "steps": options.steps if name != "compute" else 1,
+                "steps": options.steps if name != "compute" or options.device != "cpu" else 1,
             }
             script = str(Path(__file__).with_name("peer_contenders.py"))
-            # Alone among them these two are no contenders: they show the machine, and need all weights at once.
-            limit = None if name in ("compute", "read") or options.limit is None else parse_bytes(options.limit)
-            run = measured([script, name, json.dumps(job)], limit=limit, disk=(options.disk, path))
-            if name != "read":
+            # They need all weights at once.
+            limit = None if name in MACHINE or options.limit is None else parse_bytes(options.limit)
+            try:
+                run = measured([script, name, json.dumps(job)], limit=limit, disk=(options.disk, path))
+            except RuntimeError as error:
+                if options.device == "cpu" or name in MACHINE:
+                    raise
+                # Minutes on a card are few: the others go on.
+                print(f"{point} {name}: {error}", file=sys.stderr)
+                continue
+            if name not in ("read", "link"):
                 run["difference"] = difference(options.folder, name, runs["ours"], run)
             runs[name].append(run)
-            print(f"{point} {name}: {run['seconds']:.2f} s", file=sys.stderr)
+            print(f"{point} {name}: {run['seconds']:.2f} s{told_later(run)}", file=sys.stderr)
     return runs
 
 
@@ -114,6 +136,11 @@ def later_seconds(run: dict[str, Any]) -> float:
     return statistics.fmean(run["later_seconds"] or [0.0])
 
 
+def told_later(run: dict[str, Any]) -> str:
+    later = run.get("later_seconds")
+    return f", later {', '.join(f'{seconds:.3f}' for seconds in later)} s" if later else ""
+
+
 def times_of(runs: Sequence[dict[str, Any]], which: str) -> list[float]:
     """Seconds of the "first" or of "later" forwards, a figure a run."""
     return [run["seconds"] if which == "first" else later_seconds(run) for run in runs]
@@ -131,7 +158,7 @@ def figures_of(point: str, runs: Runs) -> list[Figure]:
     disk_bound = reading > computing
     bound = "disk-bound" if disk_bound else "compute-bound"
     figures = [Figure(f"{told}: compute only / read only", f"{computing:.2f} s / {reading:.2f} s, {bound}")]
-    present = [name for name in ("ours", *PEERS) if runs.get(name)]
+    present = [name for name in ("ours", *ALL_PEERS) if runs.get(name)]
     figures += [Figure(f"{told}: {name}", described(runs[name])) for name in present]
     target = 1.5 if disk_bound else 1.0
     for name in present[1:]:
@@ -147,14 +174,47 @@ def figures_of(point: str, runs: Runs) -> list[Figure]:
     return figures
 
 
+def card_figures(point: str, runs: Runs) -> list[Figure]:
+    """The lines of one point on a card."""
+    told = "{}, {} tokens".format(*point.split(":"))
+    computing = statistics.median(times_of(runs["compute"], "later"))
+    copying, reading = median(runs["link"], "seconds"), median(runs["read"], "seconds")
+    bound = "link-bound" if copying > computing else "compute-bound"
+    shown = f"{computing:.3f} s / {copying:.3f} s / {reading:.2f} s, {bound}"
+    figures = [Figure(f"{told}: compute only / link only / read only", shown)]
+    names = [name for name in ("ours", *ALL_PEERS) if name in runs]
+    figures += [Figure(f"{told}: {name}", described(runs[name]) if runs[name] else "failed") for name in names]
+    if not runs["ours"]:
+        return figures
+    present = [name for name in names if runs[name]]
+    target = 1.5 if copying > computing else 1.0
+    for name in present[1:]:
+        what = f"{told}: {name} / ours, time of the later"
+        figures.append(faster(what, "later", runs["ours"], runs[name], target))
+    differences = [run["difference"] for name in [*present, "compute"] for run in runs[name]]
+    figures.append(at_most(f"{told}: largest difference of a velocity from ours", max(differences), 0.0))
+    return figures
+
+
 def described(runs: Sequence[dict[str, Any]]) -> str:
     peak, anonymous, file = (f"{median(runs, f'peak_{kind}bytes') / 2**20:.0f}" for kind in ("", "anonymous_", "file_"))
     later = statistics.median(times_of(runs, "later"))
+    if is_on_card(runs[0]):
+        torchs, drivers = (f"{median(runs, f'card_{whose}_bytes') / 2**20:.0f}" for whose in ("reserved", "driver"))
+        return (
+            f"{later:.3f} s (first {median(runs, 'seconds'):.2f} s, opening {median(runs, 'open_seconds'):.2f} s), "
+            f"peak on the card {torchs} MiB (driver {drivers}), in host memory {peak} MiB"
+            + (f", budget {runs[0]['vram'] / 2**20:.0f} MiB" if runs[0].get("vram") else "")
+        )
     again = f"later {later:.2f} s, " if later else ""
     return (
         f"{median(runs, 'seconds'):.2f} s ({again}opening {median(runs, 'open_seconds'):.2f} s), "
         f"peak {peak} MiB (anonymous {anonymous}, file {file})"
     )
+
+
+def is_on_card(run: dict[str, Any]) -> bool:
+    return "card_driver_bytes" in run
 
 
 def faster(
@@ -165,7 +225,8 @@ def faster(
     ratio = statistics.median(theirs) / statistics.median(mine)
     figure = at_least(what, ratio, target)
     shares = [run["others_seconds"] / run["cpu_seconds"] for run in (*ours, *peer)]
-    if statistics.median(shares) > DISTURBED:
+    # Beside a card processors have time for others.
+    if statistics.median(shares) > DISTURBED and not is_on_card(ours[0]):
         return Figure(f"{what} (disturbed: other programs were computing)", ratio, "", figure.target)
     if not figure.met and ratio >= target * (1 - max(spread(mine), spread(theirs))):
         return Figure(f"{what} (within noise)", ratio, "", figure.target)
@@ -215,35 +276,52 @@ def plot(found: dict[str, Runs], path: Path) -> None:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("folder", type=Path, help="where models and DiffSynth are made and kept (11 GB)")
-    arguments.add_argument("--points", nargs="+", default=POINTS, help="MODEL:TOKENS, tokens 32, 256 or 1024")
-    arguments.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    arguments.add_argument("--points", nargs="+", default=POINTS, help="MODEL:TOKENS, tokens 32, 256, 1024 or 4096")
+    arguments.add_argument("--peers", nargs="*", default=PEERS, choices=ALL_PEERS)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--steps", type=int, default=3, help="forwards in each run")
-    arguments.add_argument("--ram", default="least", help="our budget; the least that works by default")
+    arguments.add_argument(
+        "--ram", help='our budget; "least": that works, the default on the CPU; "free": what is, the default on a card'
+    )
+    arguments.add_argument("--vram", type=parse_bytes, help="our budget on a card; 2GiB by default, more if need be")
     arguments.add_argument("--io", default="auto", help="how we read")
     arguments.add_argument("--limit", help="of a memory group around every contender, for example 3GiB")
     arguments.add_argument(
         "--disk", type=parse_bytes, help="bytes per second that the disk gives; what it can by default"
     )
     arguments.add_argument("--read-ahead", type=parse_bytes, help="of Linux on that disk; as it is set by default")
-    arguments.add_argument("--device", default="cpu", help="tried on the CPU only")
+    arguments.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    arguments.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="of activations")
     arguments.add_argument("--threads", type=int, default=os.cpu_count())
     options = arguments.parse_args()
-    peers = list(options.peers)
-    if "diffusers" in peers and options.device == "cpu":
-        peers.remove("diffusers")
+    on_card = options.device != "cpu"
+    options.ram = options.ram or ("free" if on_card else "least")
+    if on_card and options.ram == "least":
+        arguments.error('--ram least is for the CPU; on a card give bytes, or "free"')
+    if not on_card and options.vram is not None:
+        arguments.error("--vram is for cards; on the CPU give --ram")
+    if on_card and options.vram is None:
+        options.vram = 2 << 30
+    if on_card and options.steps < 2:
+        arguments.error("on a card the later forwards count; --steps must be at least 2")
+    peers = [name for name in options.peers if on_card or not name.startswith("diffusers")]
+    if len(peers) < len(options.peers):
         print("diffusers' group offloading is left out: it refuses to work without an accelerator", file=sys.stderr)
     prepare(options.folder, list(dict.fromkeys(point.split(":")[0] for point in options.points)), peers)
     found: dict[str, Runs] = {}
     for point in options.points:
         with read_ahead(options.read_ahead, options.folder / f"{point.split(':')[0]}.safetensors"):
-            found[point] = measure(point, ["ours", *peers, "compute", "read"], options)
+            machine = MACHINE if on_card else ["compute", "read"]
+            found[point] = measure(point, ["ours", *peers, *machine], options)
         # A long run that is broken off leaves what it has.
         (options.folder / "runs.json").write_text(json.dumps(found))
-    figures = [figure for point, runs in found.items() for figure in figures_of(point, runs)]
+    lines = card_figures if on_card else figures_of
+    figures = [figure for point, runs in found.items() for figure in lines(point, runs)]
     groups = {run["group"] for runs in found.values() for run in runs["ours"]}
     figures.append(Figure("contenders in", ", ".join(sorted(groups))))
     name = "peers"
+    name += f"_{options.device}" if on_card else ""
+    name += f"_{options.dtype}" if options.dtype != "fp32" else ""
     if options.disk is not None:
         figures.append(Figure("disk", options.disk / 1e6, "MB/s"))
         name += "_slow_disk"
@@ -251,7 +329,7 @@ def main() -> None:
         figures.append(Figure("read-ahead", options.read_ahead / 2**10, "KiB"))
         name += "_read_ahead"
     finish(name, figures, options, {"runs": found})
-    if options.save:
+    if options.save and not on_card:
         plot(found, RESULTS / f"{name}.png")
 
 

@@ -327,7 +327,9 @@ class Linear(nn.Module):
         return multiply(self.int8_matmul, x, self.weight[rows], scale, None if self.bias is None else self.bias[rows])
 
     def _take(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return self.scratch.take("weight", (rows, self.in_features), dtype, self.weight.device)
+        device = self.weight.device
+        least = 0 if device.type == "cpu" else _CARD_PRODUCT_BYTES
+        return self.scratch.take("weight", (rows, self.in_features), dtype, device, least)
 
     def _convert_into(self, out: Tensor, rows: slice, *, scaled: bool = True) -> Tensor:
         """out := the weight's rows (n, K) in out's dtype, a slice at a time; `scaled`, or as they are stored."""

@@ -19,13 +19,14 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor whose values are garbage, valid until `name` is taken again."""
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, least: int = 0) -> Tensor:
+        """A tensor whose values are garbage, valid until `name` is taken again. least: bytes that the buffer is made
+        with where a later use will want them: one that grows leaves a hole in a card's memory."""
         key, nbytes = (name, device), math.prod(shape) * dtype.itemsize
         if key not in self._buffers or self._buffers[key].numel() < nbytes:
             self._buffers.pop(key, None)  # first, so that the two never exist together
             with torch.inference_mode(False):  # a later use may stand outside of it
-                self._buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+                self._buffers[key] = torch.empty(max(nbytes, least), dtype=torch.uint8, device=device)
         return self._buffers[key][:nbytes].view(dtype).view(*shape)
 
     def release(self) -> None:
