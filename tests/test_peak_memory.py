@@ -100,7 +100,7 @@ def test_a_score_matrix_would_be_caught(mini: Path) -> None:
 
 
 def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_slices(mini: Path) -> None:
-    request, large, small = Request(1024, 512), (8192, 8192, 4, 64 << 20), (256, 256, 1, 16 << 20)
+    request, large, small = Request(2048, 1024), (8192, 8192, 4, 64 << 20), (256, 256, 1, 16 << 20)
     with slices(large):
         first = account(mini, request, CARD)
     with slices(small):
