@@ -197,7 +197,7 @@ class Linear(nn.Module):
 
     def quantize_(self, weight: Tensor, scale: Tensor, rotation: Rotation | None = None) -> None:
         """Replace the weight by stored values and their scale (no copy is made)."""
-        expand_scale(scale, *weight.shape)
+        scale_block(tuple(scale.shape), *weight.shape)  # raises
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = scale.float()
         self.rotation = rotation
@@ -205,10 +205,15 @@ class Linear(nn.Module):
     @property
     def takes_int8(self) -> bool:
         """Whether the weight can be multiplied in integers: INT8, each row under one scale, and the file allows it."""
-        scale, columns = self.weight_scale, self.in_features
-        if self.weight.dtype != torch.int8 or scale is None or self.full_precision_matmul:
+        if self.weight.dtype != torch.int8 or self.weight_scale is None or self.full_precision_matmul:
             return False
-        return scale_block(tuple(scale.shape), self.out_features, columns)[1] == columns
+        return self._has_row_scales
+
+    @property
+    def _has_row_scales(self) -> bool:
+        """Whether each row of the weight is under one scale."""
+        assert self.weight_scale is not None
+        return scale_block(tuple(self.weight_scale.shape), self.out_features, self.in_features)[1] == self.in_features
 
     @property
     def multiplies_int8(self) -> bool:
@@ -304,7 +309,7 @@ class Linear(nn.Module):
         scale = self.weight_scale
         if device.type != "cpu" or dtype == torch.float16 or self.weight.dtype != torch.int8 or scale is None:
             return None
-        if scale_block(tuple(scale.shape), self.out_features, self.in_features)[1] != self.in_features:
+        if not self._has_row_scales:
             return None
         return scale.reshape(-1)
 
@@ -361,8 +366,11 @@ class Linear(nn.Module):
 
     @property
     def _converts_at_once(self) -> bool:
-        """One kernel, which multiplies in fp32 and rounds as it writes. On a CPU it would make copies inside."""
-        return self.weight.device.type != "cpu" and self.weight.dtype == torch.int8 and self.rotation is None
+        """One kernel, which multiplies in fp32 and rounds as it writes. On a CPU it would make copies inside; scales of
+        blocks are spread over all columns before, a slice at a time."""
+        if self.weight.device.type == "cpu" or self.weight.dtype != torch.int8 or self.rotation is not None:
+            return False
+        return self.weight_scale is not None and self._has_row_scales
 
     def _take_fp32(self, name: str, shape: torch.Size) -> Tensor:
         return self.scratch.take(name, shape, torch.float32, self.weight.device)

@@ -1,12 +1,15 @@
 """Quantised linear layers: what is dequantised a few rows at a time equals what is dequantised at once."""
 
+from functools import lru_cache
+
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import FakeCuda
 
 from l2p_lowvram import int8_matmul
 from l2p_lowvram import linear as linear_module
-from l2p_lowvram.linear import Linear, RMSNorm, Rotation
+from l2p_lowvram.linear import Linear, RMSNorm, Rotation, converted_bytes, product_bytes
 
 ROWS, COLUMNS = 200, 128
 SCALES = {
@@ -206,3 +209,29 @@ def test_a_slice_of_a_longer_tensor_is_multiplied_as_one_matrix(stored: torch.dt
     assert seen == [2, 2]
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close((without_bias + layer.bias).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("scale", "rotation"), [((), None), ((3840, 1), None), ((30, 80), None), ((3840, 1), Rotation(256))]
+)
+def test_on_a_card_a_layer_takes_no_more_beside_its_result_than_is_planned(
+    scale: tuple[int, ...], rotation: Rotation | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = lru_cache(linear_module.hadamard.__wrapped__)  # no fake one for other tests
+    monkeypatch.setattr(linear_module, "hadamard", kept)
+    with torch.device("meta"):
+        layer = Linear(10240, 3840, bias=False)
+    with FakeCuda() as cuda, torch.inference_mode():
+        weight = torch.empty(3840, 10240, dtype=torch.int8, device=cuda.device)
+        layer.quantize_(weight, torch.empty(scale, device=cuda.device), rotation)
+        x = torch.empty(1, 512, 10240, dtype=dtype, device=cuda.device)
+        if rotation is not None:
+            rotation.apply(x)  # makes its matrix, which stays
+        before = cuda.memory.current
+
+        y = layer(x)
+
+        assert y.is_contiguous()
+        most = converted_bytes(cuda.device, dtype.itemsize) + product_bytes(cuda.device, dtype, 512, 10240, 3840)
+        assert y.nbytes < cuda.memory.peak - before <= y.nbytes + most + (1 << 20)
