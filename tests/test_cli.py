@@ -1011,6 +1011,7 @@ def test_a_signal_while_torch_is_imported_ends_the_program(tmp_path: Path, name:
     """torch imports numpy from C++, where what a signal raises is thrown away."""
     script = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name.endswith("core.multiarray") and name.startswith("numpy."):
