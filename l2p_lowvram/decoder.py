@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import IMAGE_CHANNELS, DecoderConfig, DecoderLevel
+from .devices import is_card
 from .linear import Conv2d
 
 KERNEL = 3  # of every convolution inside a level; the others are 1x1
@@ -158,7 +159,7 @@ def map_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """How maps lie: on cards in half precision channels last, as cuDNN's kernels for matrix units want them; those for
     full fp32 want them first. Given the other order cuDNN copies inputs and outputs in a workspace as large as both
     (384 MiB at 1024 x 1024 in bf16), or where that does not fit takes another algorithm, with other last bits."""
-    is_half = device.type != "cpu" and dtype.itemsize == 2
+    is_half = is_card(device) and dtype.itemsize == 2
     return torch.channels_last if is_half else torch.contiguous_format
 
 

@@ -131,6 +131,12 @@ class _Reductions:
         setattr(self._matmul, self._name, value[0] if value[1] else value)
 
 
+def is_card(device: torch.device) -> bool:
+    """Whether kernels are cuBLAS's and cuDNN's, or AMD's in their place. MPS has others: some releases of torch write a
+    product wrongly into a part of a tensor there."""
+    return device.type == "cuda"
+
+
 def in_host_memory() -> AbstractContextManager[object]:
     """While open, what is made without naming a device is in host memory, whatever default a program has set."""
     # Made to see: torch 2.6 does not tell of a default that a `with torch.device(...)` has set.

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .devices import is_card
+
 # Of activations on their way to int8, and of one tile of sums, in fp32 or int32.
 CPU_SLICE_BYTES = 8 << 20
 DEVICE_SLICE_BYTES = 16 << 20
@@ -114,7 +116,7 @@ def quantize_rows(x: Tensor, rotation: Rotates | None = None) -> QuantizedRows:
 
 def _largest_into(out: Tensor, rows: Tensor) -> Tensor:
     """out (M, 1) fp32 := of each row the largest magnitude."""
-    if rows.device.type != "cpu":  # one kernel, where a CPU takes several times as long as two reductions
+    if is_card(rows.device):  # one kernel, where a CPU takes several times as long as two reductions
         return torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True, dtype=torch.float32, out=out)
     low, high = rows.amin(dim=-1, keepdim=True), rows.amax(dim=-1, keepdim=True)
     return torch.maximum(high.float(), low.float().neg_(), out=out)

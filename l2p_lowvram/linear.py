@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .devices import is_card
 from .half_kernels import has_half_kernels
 from .int8_matmul import Int8Matmul, QuantizedRows, multiply, quantize_rows, rows_at_a_time
 from .onednn import multiplies, multiply_into
@@ -51,13 +52,13 @@ def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
     nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
     if device.type == "cpu" and itemsize == 2:
         return 2 * nbytes + max(max(_CPU_HALF_BYTES, held) + _CPU_SCALED_BYTES, _CPU_KERNEL_BYTES)
-    return 2 * nbytes + max(nbytes * itemsize // 4 if device.type == "cpu" else _CARD_PRODUCT_BYTES, held)
+    return 2 * nbytes + max(_CARD_PRODUCT_BYTES if is_card(device) else nbytes * itemsize // 4, held)
 
 
 def product_bytes(device: torch.device, dtype: torch.dtype, tokens: int, columns: int, outputs: int) -> int:
     """Of what one slice of a converted weight (outputs, columns) makes of so many tokens, before it is where it is to
     be. On cards it is written there at once."""
-    if device.type != "cpu":
+    if is_card(device):
         return 0
     return tokens * min(_multiplied_rows(device, dtype, columns, outputs), outputs) * dtype.itemsize
 
@@ -72,9 +73,9 @@ def _multiplied_rows(
     device: torch.device, dtype: torch.dtype, columns: int, outputs: int, writes_scaled: bool = False
 ) -> int:
     """Rows that are multiplied at a time: in slices of equal size, where a CPU's matrix units want many."""
-    if device.type != "cpu":
+    if is_card(device):
         return max(_CARD_PRODUCT_BYTES // (dtype.itemsize * columns) // 64, 1) * 64
-    if dtype.itemsize != 2:
+    if device.type != "cpu" or dtype.itemsize != 2:
         return _slice_rows(device, columns)
     if writes_scaled:
         most = _CPU_KERNEL_BYTES // (dtype.itemsize * columns)
@@ -262,8 +263,8 @@ class Linear(nn.Module):
                 continue
             weight = self._take(rows.stop - rows.start, x.dtype)
             self._convert_into(weight, rows, scaled=output_scale is None)
-            if output_scale is None and added is None and x.device.type != "cpu":
-                # Where it is to be, in one kernel; a CPU's copies a result that lies apart.
+            if output_scale is None and added is None and is_card(x.device):
+                # Where it is to be, in one kernel; others copy a result that lies apart.
                 torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out=result.view(-1, self.out_features)[:, rows])
             elif output_scale is None:
                 out.copy_(product(x, weight, added))
@@ -333,7 +334,7 @@ class Linear(nn.Module):
 
     def _take(self, rows: int, dtype: torch.dtype) -> Tensor:
         device = self.weight.device
-        least = 0 if device.type == "cpu" else _CARD_PRODUCT_BYTES
+        least = _CARD_PRODUCT_BYTES if is_card(device) else 0
         return self.scratch.take("weight", (rows, self.in_features), dtype, device, least)
 
     def _convert_into(self, out: Tensor, rows: slice, *, scaled: bool = True) -> Tensor:
@@ -368,7 +369,7 @@ class Linear(nn.Module):
     def _converts_at_once(self) -> bool:
         """One kernel, which multiplies in fp32 and rounds as it writes. On a CPU it would make copies inside; scales of
         blocks are spread over all columns before, a slice at a time."""
-        if self.weight.device.type == "cpu" or self.weight.dtype != torch.int8 or self.rotation is not None:
+        if not is_card(self.weight.device) or self.weight.dtype != torch.int8 or self.rotation is not None:
             return False
         return self.weight_scale is not None and self._has_row_scales
 
@@ -454,7 +455,7 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1) and x.device.type != "cpu" and x.is_contiguous(memory_format=torch.channels_last):
+        if self.kernel_size == (1, 1) and is_card(x.device) and x.is_contiguous(memory_format=torch.channels_last):
             return self._at_each_position(x)
         lacks_kernel = x.device.type == "cpu" and x.dtype.itemsize == 2 and not has_half_kernels(x.dtype)
         dtype = torch.float32 if lacks_kernel else x.dtype

@@ -20,8 +20,8 @@ class Scratch:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device, least: int = 0) -> Tensor:
-        """A tensor whose values are garbage, valid until `name` is taken again. least: bytes that the buffer is made
-        with where a later use will want them: one that grows leaves a hole in a card's memory."""
+        """A tensor whose values are garbage, valid until `name` is taken again. least: bytes that a new buffer
+        has at least, where later uses will want them: one that grows leaves a hole in a card's memory."""
         key, nbytes = (name, device), math.prod(shape) * dtype.itemsize
         if key not in self._buffers or self._buffers[key].numel() < nbytes:
             self._buffers.pop(key, None)  # first, so that the two never exist together

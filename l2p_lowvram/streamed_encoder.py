@@ -16,13 +16,12 @@ from .config import TextEncoderConfig
 from .encoder import read_encoder_layout
 from .estimates import CPU_FLOPS
 from .half_kernels import minding_address
+from .linear import converted_bytes
 from .streaming import PhaseDemand, Streamer, WeightStream
 from .text import TextEncoder
 from .weights import check_scales, lent, mark_quantized
 
 _EMBEDDING = "embed_tokens.weight"
-# Rows of a weight on their way to the activations' dtype, on whichever device takes more.
-_CONVERTED_BYTES = 48 << 20
 # What of a file tells it from others: its header, and as many samples at even distances.
 _HEADER_BYTES, _SAMPLED_BYTES, _SAMPLES = 1 << 20, 16 << 10, 64
 
@@ -118,7 +117,7 @@ class StreamedTextEncoder:
         longest, tokens = max(lengths, default=0), sum(lengths)
         inner = config.num_attention_heads * config.head_dim
         widest = longest * (3 * config.intermediate_size + 6 * inner) + config.num_attention_heads * longest**2
-        activations = 4 * (2 * tokens * config.hidden_size + widest) + _CONVERTED_BYTES
+        activations = 4 * (2 * tokens * config.hidden_size + widest) + _converted_bytes(self._streamer.device)
         seconds = {block.name: tokens * block.nbytes / CPU_FLOPS for block in self._blocks}
         return PhaseDemand(
             "text encoder",
@@ -128,3 +127,8 @@ class StreamedTextEncoder:
             once=[block.name for block in self._blocks],
             to_align=minding_address({self.dtype}) if self.device.type == "cpu" else None,
         )
+
+
+def _converted_bytes(device: torch.device) -> int:
+    """Of rows of a weight on their way to the activations' dtype, whichever takes more."""
+    return max(converted_bytes(device, itemsize) for itemsize in (2, 4))

@@ -37,6 +37,8 @@ _CARD_CHOICES = ((8192, 16384, 6, 3000 << 20), (4096, 8192, 6, 1000 << 20), *_SM
 _CPU_CHOICES = ((2112, 16384, 15, 3000 << 20), (2112, 8192, 6, 1000 << 20), *_SMALLER_CHOICES)
 # Of the decoder's own peak: what a CPU's convolutions take besides, for copies in another order of channels.
 _CPU_CONVOLUTION_SHARE = 0.25
+# Tokens of captions, short and as long as the text encoder makes them, that groups of heads are chosen for on cards.
+_CAPTIONS = (32, 512)
 # fp32 pictures that a step holds in host memory beside one velocity per branch: the sample, the guided
 # velocity, the estimate, the next sample.
 _PICTURES = 4
@@ -119,17 +121,29 @@ def tilings(config: ModelConfig, work: PictureWork) -> Iterator[Tiling]:
             return
         sizes = SliceSizes(tokens, queries, min(heads, config.n_heads), work.keys, max(rows >> level, 1))
         tiling = Tiling(level, sizes, decoder)
-        yield tiling if work.on_cpu else _with_more_heads(config, work, tiling)
+        yield tiling if work.on_cpu else _with_more_heads(config, _typical(work), tiling)
+
+
+def _typical(work: PictureWork) -> tuple[PictureWork, ...]:
+    """Runs of the same size and dtype whose memory decides for all of them: a picture must not depend on the captions
+    beside its own, nor a plan on what multiplies in the end."""
+    return tuple(
+        replace(work, pictures=1, guided=False, caption_tokens=tokens, int8=int8)
+        for tokens in _CAPTIONS
+        for int8 in (False, True)
+    )
 
 
 @lru_cache(maxsize=256)
-def _with_more_heads(config: ModelConfig, work: PictureWork, tiling: Tiling) -> Tiling:
-    """With the largest groups of heads, all of one size, that take no more memory: where there are fewer tokens than a
-    slice may have. A card is then given its work in fewer calls, which is what limits a fast one on small pictures."""
-    most = _widest_moment(config, work, tiling)
+def _with_more_heads(config: ModelConfig, works: tuple[PictureWork, ...], tiling: Tiling) -> Tiling:
+    """With the largest groups of heads, all of one size, that take no more memory in any of `works`: where there are
+    fewer tokens than a slice may have. A card is then given its work in fewer calls, which is what limits a fast one on
+    small pictures."""
     for heads in range(config.n_heads, tiling.sizes.heads, -1):
         wider = replace(tiling, sizes=replace(tiling.sizes, heads=heads))
-        if config.n_heads % heads == 0 and _widest_moment(config, work, wider) <= most:
+        if config.n_heads % heads == 0 and all(
+            _widest_moment(config, work, wider) <= _widest_moment(config, work, tiling) for work in works
+        ):
             return wider
     return tiling
 

@@ -235,3 +235,25 @@ def test_on_a_card_a_layer_takes_no_more_beside_its_result_than_is_planned(
         assert y.is_contiguous()
         most = converted_bytes(cuda.device, dtype.itemsize) + product_bytes(cuda.device, dtype, 512, 10240, 3840)
         assert y.nbytes < cuda.memory.peak - before <= y.nbytes + most + (1 << 20)
+
+
+@pytest.mark.parametrize("scale", [(), (4400, 1), (55, 5)])
+@pytest.mark.parametrize("rotation", [None, Rotation(16)])
+def test_what_cards_compute_is_the_dequantised_product(
+    scale: tuple[int, ...], rotation: Rotation | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their way, on the CPU: products of slices, written where they are to be."""
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(400, 4400, bias=False)
+    weight = torch.randint(-127, 128, (4400, 400), dtype=torch.int8, generator=generator)
+    layer.quantize_(weight, torch.rand(scale, generator=generator) + 0.5, rotation)
+    x = torch.randn(2, 3, 400, generator=generator)
+    expected = x.double() @ layer.dequantized().double().T
+    monkeypatch.setattr(linear_module, "is_card", lambda device: True)
+    monkeypatch.setattr(linear_module, "_CARD_PRODUCT_BYTES", 1 << 20)  # several slices
+    monkeypatch.setattr(Linear, "_output_scale", lambda *_: None)
+
+    with torch.inference_mode():
+        y = layer(x)
+
+    assert (y - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from l2p_lowvram import L2PPipeline, cli, linear, pipeline, profiles, streaming
+from l2p_lowvram import tilings as tilings_module
 from l2p_lowvram.estimates import default_vram
 from l2p_lowvram.families import PUBLISHED
 from l2p_lowvram.planning import make_plan
@@ -212,6 +215,36 @@ def test_running_out_of_memory_with_the_smallest_slices_is_told(model: Path, mon
         monkeypatch.setattr(pipeline, "decode_tiled", run_out)
         with pytest.raises(torch.OutOfMemoryError):
             pipe(**PROMPT, **FAST)
+
+
+CARD_WORK = PictureWork(1024, 1024, 1, True, 64, torch.bfloat16)
+SAME_SLICES = [{}, {"guided": False}, {"pictures": 3}, {"caption_tokens": 32}, {"caption_tokens": 512}, {"int8": True}]
+
+
+@pytest.mark.parametrize("side", [256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_card_slices_follow_from_size_and_dtype_alone(side: int, dtype: torch.dtype) -> None:
+    """What else a call has may not change a picture's bits, nor what multiplies the plan."""
+    work = replace(CARD_WORK, width=side, height=side, dtype=dtype)
+
+    chosen = [list(tilings(PUBLISHED["1k"], replace(work, **changes))) for changes in SAME_SLICES]
+
+    assert all(tiling == chosen[0] for tiling in chosen)
+    assert all(30 % tiling.sizes.heads == 0 for tiling in chosen[0])
+
+
+@pytest.mark.parametrize(("family", "side"), [("1k", 512), ("1k", 1024), ("1k", 4096), ("4k", 4096), ("10k", 10240)])
+@pytest.mark.parametrize("changes", SAME_SLICES)
+def test_more_heads_take_no_more_memory(family: str, side: int, changes: dict[str, Any]) -> None:
+    config, work = PUBLISHED[family], replace(CARD_WORK, width=side, height=side, **changes)
+    more = list(tilings(config, work))
+
+    with patch.object(tilings_module, "_with_more_heads", lambda config, works, tiling: tiling):
+        fewer = list(tilings(config, work))
+
+    assert any(a.sizes.heads > b.sizes.heads for a, b in zip(more, fewer, strict=True))
+    for a, b in zip(more, fewer, strict=True):
+        assert device_activations(config, work, a) <= device_activations(config, work, b)
 
 
 def test_tiny_slices_draw_the_same_picture(monkeypatch) -> None:
