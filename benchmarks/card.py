@@ -65,7 +65,7 @@ class Job:
 
 @contextmanager
 def most_used() -> Iterator[list[int]]:
-    """[bytes used on the card beyond `before`, at most], while the block runs; sampled every few milliseconds."""
+    """[most bytes used on the card, by all programs], while the block runs; sampled every few milliseconds."""
     most, done = [0], threading.Event()
 
     def sample() -> None:
@@ -269,7 +269,8 @@ def main() -> None:
         found[size] = json.loads(done.stdout.splitlines()[-1])
         figures += figures_of(size, found[size])
         print(f"{size} done", file=sys.stderr)
-    finish("card" if family == "1k" else f"card_{family}", figures, options, {"runs": found})
+    sizes = "_".join(str(size) for size in options.sizes or SIZES[family])
+    finish(f"card_{sizes}" if family == "1k" else f"card_{family}", figures, options, {"runs": found})
 
 
 if __name__ == "__main__":
