@@ -158,6 +158,20 @@ def test_maps_that_lie_as_on_a_card_give_the_same_picture(family: str, monkeypat
     assert otherwise == {f"enc{config.decoder.levels[0].name}.0"}, "the picture alone lies otherwise"
 
 
+@pytest.mark.parametrize(
+    ("place", "dtype", "is_last"),
+    [
+        ("cpu", torch.float32, True),
+        ("cpu", torch.bfloat16, True),
+        ("cuda:0", torch.bfloat16, True),
+        ("cuda:0", torch.float32, False),
+        ("mps", torch.bfloat16, False),  # nobody has measured
+    ],
+)
+def test_maps_lie_as_the_kernels_of_a_device_want_them(place: str, dtype: torch.dtype, is_last: bool):
+    assert (decoder.map_format(torch.device(place), dtype) is torch.channels_last) == is_last
+
+
 @torch.inference_mode()
 def test_a_map_is_halved_as_by_pooling_from_any_view():
     x = torch.randn(2, 9, 24, 34).to(torch.bfloat16)
