@@ -26,28 +26,28 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from limited import drop_cache
+from on_card import CardWatch, copying_seconds
 from results import Figure, at_most, finish, parser
+from streaming import read_blocks
 
 from l2p_lowvram.layout import read_layout
-from l2p_lowvram.model_weights import ResidentWeights
+from l2p_lowvram.model_weights import ResidentWeights, cut_into_blocks
 from l2p_lowvram.pipeline import L2PPipeline
 from l2p_lowvram.synthetic import main as make_synthetic
 from l2p_lowvram.weights import load_transformer
-from offload import Checkpoint, Tier, format_bytes, parse_bytes
+from offload import Checkpoint, Tier, driver_bytes, format_bytes, parse_bytes
 
 CAPTION = 64
 SIZES = {"1k": [512, 1024, 2048], "4k": [4096], "8k": [8192], "10k": [10240]}
-_CARD = "cuda:0"
+_CARD = torch.device("cuda", 0)
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,6 @@ class Job:
     compute: str
     resident: bool
     budgets: tuple[tuple[int, int | None], ...]
-
-
-@contextmanager
-def most_used() -> Iterator[list[int]]:
-    """[most bytes used on the card, by all programs], while the block runs; sampled every few milliseconds."""
-    most, done = [0], threading.Event()
-
-    def sample() -> None:
-        free, total = torch.cuda.mem_get_info(0)
-        most[0] = max(most[0], total - free)
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            sample()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        thread.join()
-        sample()
 
 
 def call(pipe: L2PPipeline, job: Job) -> tuple[list[float], str]:
@@ -124,8 +101,9 @@ def resident(job: Job, compute: Any) -> dict[str, Any]:
 
 def streamed(job: Job, vram: int, ram: int | None, base: int) -> dict[str, Any]:
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     with (
-        most_used() as used,
+        CardWatch(_CARD) as watch,
         L2PPipeline.from_pretrained(
             job.model, device=_CARD, dtype="bf16", vram=vram, ram=ram, compute=job.compute
         ) as pipe,
@@ -142,7 +120,7 @@ def streamed(job: Job, vram: int, ram: int | None, base: int) -> dict[str, Any]:
             "ram": ram,
             "seconds": seconds,
             "picture": picture,
-            "used": used[0] - base,
+            "used": watch.peak_bytes - base,
             "planned": phase.planned_bytes,
             "context": pipe.streamer.context_bytes,
             "reserved": torch.cuda.max_memory_reserved(),
@@ -156,44 +134,18 @@ def streamed(job: Job, vram: int, ram: int | None, base: int) -> dict[str, Any]:
         }
 
 
-def link_rate(nbytes: int = 1 << 30) -> float:
-    """Bytes a second from pinned memory to the card."""
-    source, target = (
-        torch.empty(nbytes, dtype=torch.uint8).pin_memory(),
-        torch.empty(nbytes, dtype=torch.uint8).to(_CARD),
-    )
-    best = float("inf")
-    for _ in range(5):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return nbytes / best
-
-
-def disk_rate(model: str) -> float:
-    """Bytes a second of reading the model's blocks as a run would, nothing else, from a cold file: what a step reads
-    again was dropped from the page cache after the step before."""
-    from limited import drop_cache
-    from streaming import read_blocks
-
-    from l2p_lowvram.model_weights import cut_into_blocks
-
-    drop_cache([Path(model)])
-    with Checkpoint.open(model) as checkpoint:
-        found = read_blocks(checkpoint, cut_into_blocks(read_layout(checkpoint))[0])
-    return float(found["read_bytes"] / found["seconds"])
-
-
 def worker(job: Job) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(0)
-    # Before the first kernel: what other programs use, and the bare context, which is ours.
-    from offload import driver_bytes
-
-    base = total - free - driver_bytes(torch.device(_CARD))[0]
-    rates = {"link_rate": link_rate(), "disk_rate": disk_rate(job.model)}
-    torch.cuda.empty_cache()
+    # Before the first kernel: what other programs use.
+    base = total - free - driver_bytes(_CARD)[0]
+    with Checkpoint.open(job.model) as checkpoint:
+        blocks = cut_into_blocks(read_layout(checkpoint))[0]
+        sizes = [block.nbytes for block in blocks]
+        link_rate = sum(sizes) / copying_seconds(_CARD, sizes)
+        # Cold: what a step reads again was dropped from the page cache after the step before.
+        drop_cache([Path(job.model)])
+        found = read_blocks(checkpoint, blocks)
+    rates = {"link_rate": link_rate, "disk_rate": found["read_bytes"] / found["seconds"]}
     runs = [streamed(job, vram, ram, base) for _ in range(job.rounds) for vram, ram in job.budgets]
     with L2PPipeline.from_pretrained(job.model, device=_CARD, dtype="bf16", compute=job.compute) as pipe:
         compute = pipe.compute

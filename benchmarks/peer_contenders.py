@@ -18,7 +18,7 @@ rows at a time by `l2p_lowvram.linear.Linear`. What differs is who puts the weig
     diffusers    `apply_group_offloading`, all weights in pinned host memory, block by block on a stream of its own; it
                  refuses to work without an accelerator. Its hooks sit on the `forward` of a group's modules. By
                  "block_level" those are the children of each ModuleList and Sequential right below the model: a block
-                 of ours, which the walk calls as a module, has one. All else (embedders, timestep, local decoder, 40
+                 of ours, which the walk calls as a module, has one. All else (embedders, timestep, local decoder, 26
                  MiB) is one group that comes with the walk's own `forward` and goes after it. "leaf_level" works too,
                  a group for each layer; but blocks are what diffusers prefetches with the fewest waits. It learns the
                  order in the first forward; as later ones leave out the prompt, the first block of each is not
@@ -40,7 +40,6 @@ import hashlib
 import importlib
 import json
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +51,7 @@ from typing import Any
 import psutil
 import torch
 from limited import drop_cache
+from on_card import CardWatch, copying_seconds
 from torch import Tensor
 
 from l2p_lowvram.context import context_bytes
@@ -335,35 +335,6 @@ CONTENDERS = {
 }
 
 
-class CardWatch:
-    """The most that is used on a card while its `with` block runs, as the driver tells it, every 10 ms: all programs'
-    memory, contexts too. Reading it takes a thread of its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.peak_bytes = 0
-        self._device = device
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="card-watch", daemon=True)
-
-    def __enter__(self) -> CardWatch:
-        self._take()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._take()
-
-    def _run(self) -> None:
-        while not self._done.wait(0.01):
-            self._take()
-
-    def _take(self) -> None:
-        free, total = torch.cuda.mem_get_info(self._device)
-        self.peak_bytes = max(self.peak_bytes, total - free)
-
-
 def inputs(job: Job, layout: ModelLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels, t and features (which stay fp32 until they are embedded), the same for all contenders."""
     generator = torch.Generator().manual_seed(0)
@@ -493,16 +464,7 @@ def link(job: Job) -> dict[str, Any]:
     with Checkpoint.open(job.model) as checkpoint:
         blocks, once = cut_into_blocks(read_layout(checkpoint))
     sizes = [block.nbytes for block in blocks if block.name not in once]
-    source = torch.empty(max(sizes), dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device=job.device)
-
-    def copies() -> None:
-        for nbytes in sizes:
-            target[:nbytes].copy_(source[:nbytes], non_blocking=True)
-
-    copies()
-    synchronize(job)
-    return {"seconds": timed(job, copies), "copied_bytes": sum(sizes)}
+    return {"seconds": copying_seconds(job.device, sizes), "copied_bytes": sum(sizes)}
 
 
 MACHINE = {function.__name__: function for function in (read, link)}
