@@ -18,6 +18,6 @@ CONTEXT_BYTES = 512 << 20
 WORKSPACE_BYTES = 128 << 20
 
 
-def default_vram(free: int, context: int = CONTEXT_BYTES) -> int:
+def default_vram(free: int, context: int) -> int:
     """The budget where none is given. free: of a card, in bytes, the context's share being taken already."""
     return free // 20 * 19 + context

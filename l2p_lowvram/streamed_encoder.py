@@ -117,7 +117,8 @@ class StreamedTextEncoder:
         longest, tokens = max(lengths, default=0), sum(lengths)
         inner = config.num_attention_heads * config.head_dim
         widest = longest * (3 * config.intermediate_size + 6 * inner) + config.num_attention_heads * longest**2
-        activations = 4 * (2 * tokens * config.hidden_size + widest) + _converted_bytes(self._streamer.device)
+        activations = 4 * (2 * tokens * config.hidden_size + widest)
+        activations += converted_bytes(self.device, self.dtype.itemsize)
         seconds = {block.name: tokens * block.nbytes / CPU_FLOPS for block in self._blocks}
         return PhaseDemand(
             "text encoder",
@@ -127,8 +128,3 @@ class StreamedTextEncoder:
             once=[block.name for block in self._blocks],
             to_align=minding_address({self.dtype}) if self.device.type == "cpu" else None,
         )
-
-
-def _converted_bytes(device: torch.device) -> int:
-    """Of rows of a weight on their way to the activations' dtype, whichever takes more."""
-    return max(converted_bytes(device, itemsize) for itemsize in (2, 4))

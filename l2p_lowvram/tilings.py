@@ -35,7 +35,8 @@ _CARD_CHOICES = ((8192, 16384, 6, 3000 << 20), (4096, 8192, 6, 1000 << 20), *_SM
 # 1024 x 1024 and a caption of up to 128 tokens are two slices), and from more heads: every group of them normalises
 # and quantises the tokens anew, and six make a product of only 768 outputs.
 _CPU_CHOICES = ((2112, 16384, 15, 3000 << 20), (2112, 8192, 6, 1000 << 20), *_SMALLER_CHOICES)
-# Of the decoder's own peak: what a CPU's convolutions take besides, for copies in another order of channels.
+# Of the decoder's own peak: what a CPU's convolutions may take besides, where a kernel wants maps or weights in another
+# order and copies them.
 _CPU_CONVOLUTION_SHARE = 0.25
 # Tokens of captions, short and as long as the text encoder makes them, that groups of heads are chosen for on cards.
 _CAPTIONS = (32, 512)
