@@ -248,3 +248,19 @@ def test_sums_are_scaled_alike_on_cards_and_cpus(dtype: torch.dtype, with_bias: 
     assert torch.equal(on_card, on_cpu)
     exact = sums.double() * row_scale.double() * factor.double() + (0 if bias is None else bias.double())
     assert relative(on_card, exact) < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cards_quantise_to_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their one reduction, on the CPU."""
+    x = torch.randn(70, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[3], x[5, 7], x[6, 1] = 0.0, float("nan"), float("-inf")
+    plain = int8_matmul.quantize_rows(x)
+    monkeypatch.setattr(int8_matmul, "is_card", lambda device: True)
+
+    found = int8_matmul.quantize_rows(x)
+
+    assert torch.equal(found.scale.nan_to_num(-1), plain.scale.nan_to_num(-1))
+    finite = plain.scale.isfinite().flatten()
+    assert torch.equal(found.values[finite], plain.values[finite])
+    assert finite.sum() == 68
