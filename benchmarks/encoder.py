@@ -81,8 +81,8 @@ def encode_loaded(encoder: Any, ids: Any) -> tuple[Any, float]:
             bind(model, source.name, read_aligned(checkpoint, source).clone())
         started = time.perf_counter()
         x, cos, sin = model.prelude(ids, encoder.dtype)
-        for block in model.blocks():
-            x = block.visit(x, cos, sin)
+        for sublayer in model.sublayers():
+            x = sublayer.visit(x, cos, sin)
         return x, time.perf_counter() - started
 
 

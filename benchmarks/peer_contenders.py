@@ -3,7 +3,7 @@
 All contenders call the same `Walk`: the project's own modules, plain (no slices), INT8 weights dequantised a few
 rows at a time by `l2p_lowvram.linear.Linear`. What differs is who puts the weights there:
 
-    ours         `StreamedWeights`: a ring of slots filled by parallel reads, ahead of the compute
+    ours         `StreamedWeights`: half a layer at a time, from the mapped file or a ring of slots, brought ahead
                  On a card what activations take is what a rehearsed walk took, since slices of them are not made here;
                  where that does not fit, the least --vram that does is used
     hand         `safe_open` anew for every block, its tensors lent to the modules, then dropped
@@ -59,7 +59,7 @@ from l2p_lowvram.decoder import map_format
 from l2p_lowvram.devices import DTYPES, choose_device, full_fp32, on_device
 from l2p_lowvram.layout import ModelLayout, read_layout
 from l2p_lowvram.linear import Conv2d, Linear, RMSNorm
-from l2p_lowvram.model import L2PTransformer
+from l2p_lowvram.model import Caption, L2PTransformer
 from l2p_lowvram.model_weights import (
     CAPTION_EMBEDDER,
     IMAGE_EMBEDDER,
@@ -112,23 +112,33 @@ class Walk(L2PTransformer):
 
     visit: Visit
     caption: Any
+    # What a visit is of: half a layer, as we stream it, or a whole one, as everybody else has it.
+    by_sublayer = False
 
     def forward(self, pixels: Tensor, t: Tensor, features: Tensor | None) -> Tensor:  # type: ignore[override]
         """features None: the caption of the call before, as in every step but the first."""
         if features is not None:
             with self.visit(CAPTION_EMBEDDER):
                 caption = self.embed_caption(features, pixels.dtype)
-            for index, block in enumerate(self.context_refiner):
-                with self.visit(f"context_refiner.{index}"):
-                    caption = replace(caption, tokens=block(caption.tokens, caption.rope))
-            self.caption = caption
+            self.caption = self.refined(caption)
         with self.visit(IMAGE_EMBEDDER):
             state = self.prelude(pixels, t, self.caption)
-        for named in self.blocks():
+        for named in self.sublayers() if self.by_sublayer else self.blocks():
             with self.visit(named.name):
                 state = named.visit(state)
         with self.visit(LOCAL_DECODER):
             return self.epilogue(state, pixels)
+
+    def refined(self, caption: Caption) -> Caption:
+        if self.by_sublayer:
+            for sublayer in self.refiner_sublayers():
+                with self.visit(sublayer.name):
+                    caption = sublayer.refine(caption)
+            return caption
+        for index, block in enumerate(self.context_refiner):
+            with self.visit(f"context_refiner.{index}"):
+                caption = replace(caption, tokens=block(caption.tokens, caption.rope))
+        return caption
 
 
 def walk_of(layout: ModelLayout, visit: Visit = nullcontext) -> Walk:
@@ -175,6 +185,7 @@ class PlainWeights(StreamedWeights):
 def ours(job: Job, checkpoint: Checkpoint, layout: ModelLayout, stack: ExitStack) -> Contender:
     check_scales(checkpoint, layout.sources.values())
     walk = walk_of(layout)
+    walk.by_sublayer = True
     work = PictureWork(*job.size, 1, False, CAPTION, job.dtype, on_cpu=not job.on_card)
     context = context_bytes(job.device, job.dtype)
     memory = MemoryOptions(vram=job.vram, ram=1 if job.least else job.ram, io=job.io)
@@ -221,7 +232,9 @@ def hand(job: Job, checkpoint: Checkpoint, layout: ModelLayout, stack: ExitStack
     from safetensors import safe_open
 
     names = file_names(layout)
-    blocks = {block.name: [source.name for source in block.sources] for block in cut_into_blocks(layout)[0]}
+    embedders = {block.name: block.sources for block in cut_into_blocks(layout)[0] if "." not in block.name}
+    sources = {**embedders, **layout.blocks}
+    blocks = {name: [source.name for source in held] for name, held in sources.items()}
 
     @contextmanager
     def visit(block: str) -> Iterator[None]:
@@ -378,6 +391,7 @@ def rehearse(job: Job) -> int:
         taken = max(taken, torch.cuda.max_memory_reserved(job.device) - weights)
 
     walk = walk_of(layout, visit)
+    walk.by_sublayer = True
     with torch.no_grad():
         walk(*inputs(job, layout))
     return taken

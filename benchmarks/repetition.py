@@ -2,7 +2,7 @@
 
 A step of a large picture is thousands of equal slices in dozens of equal blocks. Whatever allocates and frees the
 same sizes in the same order, from the same state of the allocator, ends in the same state and makes the same peak.
-So a loop may be left when its state has been there before, and a block's visit when one like it has been made.
+So a loop may be left when its state has been there before, and a sublayer's visit when one like it has been made.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from tiling.spans import Span
 
 @contextmanager
 def repetitions_left_out(allocator: CachingAllocator) -> Iterator[None]:
-    """While open, slices of tokens and visits of blocks that only repeat earlier ones are not made."""
+    """While open, slices of tokens and visits of sublayers that only repeat earlier ones are not made."""
     # By name: `tiling.tokenwise` is the function of that module.
     module = import_module("tiling.tokenwise")
     with ExitStack() as stack:
         stack.enter_context(patch.object(module, "spans", _shortened(module.spans, allocator)))
-        stack.enter_context(patch.object(TransformerBlock, "update_", _once(TransformerBlock.update_, allocator)))
+        for name in ("add_attention_", "add_feed_forward_"):
+            stack.enter_context(patch.object(TransformerBlock, name, _once(getattr(TransformerBlock, name), allocator)))
         yield
 
 
@@ -50,17 +51,18 @@ def _shortened(spans: Callable[[int, int], Sequence[Span]], allocator: CachingAl
     return shortened
 
 
-def _once(update: Callable[..., None], allocator: CachingAllocator) -> Any:
+def _once(add: Callable[..., None], allocator: CachingAllocator) -> Any:
     known: set[Hashable] = set()
 
-    def once(block: TransformerBlock, x: Tensor, rope: Tensor, embedding: Tensor | None, slices: Slices) -> None:
-        """Not where a block like this one has come back to the state that it began in."""
+    def once(block: TransformerBlock, x: Tensor, *others: Any) -> None:
+        """Not where a sublayer like this one has come back to the state that it began in."""
+        slices: Slices = others[-1]
         stored = tuple((name, weight.dtype) for name, weight in block.named_parameters())
         work = (stored, block.adaLN_modulation is None, tuple(x.shape), x.stride(), x.dtype, slices.heads)
         before = allocator.state()
         if (work, before) in known:
             return
-        update(block, x, rope, embedding, slices)
+        add(block, x, *others)
         if allocator.state() == before:
             known.add((work, before))
 

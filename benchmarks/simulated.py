@@ -3,9 +3,9 @@
 Full-size blocks of the published INT8 file, whose header is made here; its 7 GB are not. Link 12 GB/s, disk
 3 GB/s, nothing pinned or cached, 4 steps, compute 0.9, 1.1 and 3 times what the disk takes for the same blocks.
 
-    layers      34 equal INT8 blocks, in a ring of 3
-    published   what the pipeline visits: embedders, BF16 refiners of twice the size, 30 layers, decoder, within
-                a budget of 1.25 GiB for weights; the planner decides about the ring and what stays
+    layers      34 equal INT8 blocks, whole layers, in a ring of 3
+    published   what the pipeline visits: embedders, the sublayers of BF16 refiners of twice the size and of 30 layers,
+                decoder, within a budget of 1.25 GiB for weights; the planner decides about the ring and what stays
 
 Reported per case: virtual seconds / those of an ideal pipeline (target 1.03), in which disk, link and compute
 work whenever they have something to do, with no limit to how far ahead. Then, in the steady state, buffers
@@ -14,6 +14,7 @@ allocated and waits of each host thread for the device, per block (target 0 on t
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from results import RESULTS, Figure, at_most, finish, parser
 
 from l2p_lowvram.export import LayoutStyle, model_entries
 from l2p_lowvram.families import PUBLISHED
-from l2p_lowvram.layout import read_layout
+from l2p_lowvram.layout import ModelLayout, read_layout
 from l2p_lowvram.model_weights import cut_into_blocks
 from l2p_lowvram.safetensors_writer import encode_header
 from l2p_lowvram.synthetic import synthetic_state
@@ -68,8 +69,8 @@ class Outcome:
     spans: Sequence[Span]
 
 
-def published_blocks(folder: Path) -> tuple[list[Block], frozenset[str]]:
-    """Blocks of the published file, from a sparse one with the same header and markers."""
+def published_layout(folder: Path) -> ModelLayout:
+    """Of the published file, from a sparse one with the same header and markers."""
     entries, metadata = model_entries(synthetic_state(PUBLISHED["1k"]), LayoutStyle(), PUBLISHED["1k"].patch_size)
     path = folder / "model.safetensors"
     with path.open("wb") as file:
@@ -81,24 +82,30 @@ def published_blocks(folder: Path) -> tuple[list[Block], frozenset[str]]:
                 file.seek(entry.nbytes, 1)
         file.truncate()
     with Checkpoint.open(path) as checkpoint:
-        return cut_into_blocks(read_layout(checkpoint))
+        return read_layout(checkpoint)
 
 
-def layers_alone(blocks: Sequence[Block], factor: float) -> Schedule:
+def layers_alone(layout: ModelLayout, factor: float) -> Schedule:
     """34 INT8 blocks of one size, as if the refiners were quantised too."""
-    layers = [block for block in blocks if block.name.startswith("layers.")]
-    stack = [Block(f"block.{index}", (layers[6:24] * 2)[index].sources) for index in range(34)]
+    layers = [sources for name, sources in layout.blocks.items() if name.startswith("layers.")]
+    stack = [Block(f"block.{index}", (layers[6:24] * 2)[index]) for index in range(34)]
     seconds = {block.name: factor * block.layout.read_bytes / DISK for block in stack}
     return Schedule("layers", stack, frozenset(), seconds, 3 * stack[0].nbytes)
 
 
-def as_published(blocks: Sequence[Block], once: frozenset[str], factor: float) -> Schedule:
-    """All blocks; every transformer block computes as long as another, however its weights are stored."""
+def as_published(layout: ModelLayout, factor: float) -> Schedule:
+    """All blocks; a sublayer computes as long as it has weights, however they are stored."""
+    blocks, once = cut_into_blocks(layout)
     rounds = [block for block in blocks if block.name not in once]
     step = factor * sum(block.layout.read_bytes for block in rounds) / DISK
-    each = step / sum("." in block.name for block in rounds)
-    seconds = {b.name: each / 8 if b.name.startswith("context_refiner") else each * ("." in b.name) for b in blocks}
+    each = step / sum(weights(block) for block in rounds)
+    seconds = {b.name: each * weights(b) / (8 if b.name.startswith("context_refiner") else 1) for b in blocks}
     return Schedule("published", blocks, once, seconds, 5 << 28)
+
+
+def weights(block: Block) -> int:
+    """Of a sublayer; what else there is computes for nothing."""
+    return sum(math.prod(source.shape) for source in block.sources) if "." in block.name else 0
 
 
 def plan(schedule: Schedule) -> ResidencyPlan:
@@ -178,9 +185,9 @@ def described(outcome: Outcome) -> dict[str, object]:
 def main() -> None:
     options = parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        blocks, once = published_blocks(Path(folder))
-    schedules = [layers_alone(blocks, factor) for factor in FACTORS]
-    schedules += [as_published(blocks, once, factor) for factor in FACTORS]
+        layout = published_layout(Path(folder))
+    schedules = [layers_alone(layout, factor) for factor in FACTORS]
+    schedules += [as_published(layout, factor) for factor in FACTORS]
     names = [f"{schedule.name}, compute {FACTORS[i % 3]:g}x disk" for i, schedule in enumerate(schedules)]
     outcomes = {name: run(schedule) for name, schedule in zip(names, schedules, strict=True)}
     details = {name: described(outcome) for name, outcome in outcomes.items()}

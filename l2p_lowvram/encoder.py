@@ -25,7 +25,7 @@ from .markers import LayerMarker, read_marker, read_metadata_markers
 from .naming import IGNORED_ENTRIES, IGNORED_SIDECARS, MARKER, SCALE, SCALE_SPELLINGS, refused_sidecar
 from .paths import CONFIG_FILE
 from .sources import LinearQuantization, linear_quantization, total_bytes, weight_source
-from .text import TextEncoder
+from .text import SUBLAYERS, TextEncoder, encoder_sublayer_of
 
 FINAL_NORM = "norm.weight"
 _MAX_CONFIG_BYTES = 1 << 20
@@ -53,12 +53,13 @@ class EncoderLayout:
 
     @property
     def blocks(self) -> dict[str, tuple[TensorSource, ...]]:
-        """Block name ("layers.0", …) -> what it needs, in the order the layers run."""
+        """What streams as one: sublayer ("layers.0.self_attn", …) -> what it needs, in the order they run."""
         grouped: dict[str, list[TensorSource]] = {
-            f"layers.{number}": [] for number in range(self.config.num_hidden_layers - 1)
+            f"layers.{number}.{kind}": [] for number in range(self.config.num_hidden_layers - 1) for kind in SUBLAYERS
         }
         for name, source in self.sources.items():
-            grouped.get(block_of(name), []).append(source)
+            layer = block_of(name)
+            grouped.get(f"{layer}.{encoder_sublayer_of(name.removeprefix(f'{layer}.'))}", []).append(source)
         return {name: tuple(sources) for name, sources in grouped.items()}
 
     @property

@@ -10,6 +10,9 @@ tokens at once, or in slices that update the token stream in place:
         state = block.visit(state)
     velocity = model.epilogue(state, pixels)
 
+A block is two sublayers, attention and feed-forward, with weights of their own; `model.sublayers()` can be visited
+in place of the blocks, for whoever has room for one of them at a time.
+
 Shape letters: B batch, L tokens, D token width, H heads, C channels.
 Source: the L2P and Z-Image reference implementations; their layer names are kept
 in the form that fuses to_q, to_k, to_v into `qkv`.
@@ -232,8 +235,19 @@ class FeedForward(nn.Module):
         return self.w2(hidden)
 
 
+# What a block is made of, and the unit of streaming. A parameter of a block belongs to the attention unless its name
+# in there begins with one of the others.
+SUBLAYERS = ATTENTION, FEED_FORWARD = "attention", "feed_forward"
+_OF_FEED_FORWARD = (FEED_FORWARD, "ffn_norm1", "ffn_norm2")
+
+
+def sublayer_of(parameter: str) -> str:
+    """Which sublayer a parameter of a block belongs to: "feed_forward.w1.weight" -> "feed_forward"."""
+    return FEED_FORWARD if parameter.split(".", 1)[0] in _OF_FEED_FORWARD else ATTENTION
+
+
 class TransformerBlock(nn.Module):
-    """One transformer layer: the unit of streaming.
+    """One transformer layer: two sublayers, attention and feed-forward, each added to the token stream.
 
     With `modulated`, scales and tanh gates come from the timestep embedding
     through adaLN; without (context refiner), scale is 1 and gate is 1.
@@ -265,8 +279,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, timestep_embedding: Tensor | None = None) -> Tensor:
         """x (B, L, D), rope (L, head width / 2), timestep_embedding (B, T) -> (B, L, D)."""
         modulation = self.modulation(timestep_embedding)
-        o = self.attention(self.attention_input(x, modulation), rope)
-        return self.feed_forward_added(self.attention_added(x, o, modulation), modulation)
+        return self.feed_forward_added(self.with_attention(x, rope, modulation), modulation)
 
     def update_(self, x: Tensor, rope: Tensor, timestep_embedding: Tensor | None, slices: Slices) -> None:
         """`forward` with the result in place of x, in slices. Beside x there are the attention's result
@@ -275,6 +288,16 @@ class TransformerBlock(nn.Module):
         The same operations on the same rows: exact up to the order in which kernels sum for other shapes.
         """
         modulation = self.modulation(timestep_embedding)
+        self.add_attention_(x, rope, modulation, slices)
+        self.add_feed_forward_(x, modulation, slices)
+
+    def with_attention(self, x: Tensor, rope: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        """The first sublayer: x (B, L, D) with attention added."""
+        o = self.attention(self.attention_input(x, modulation), rope)
+        return self.attention_added(x, o, modulation)
+
+    def add_attention_(self, x: Tensor, rope: Tensor, modulation: tuple[Tensor, ...] | None, slices: Slices) -> None:
+        """`with_attention` in place of x, in slices."""
         dtype = self.narrow or x.dtype
         o = self.attention.attended(x, lambda x: self.attention_input(x, modulation), rope, slices, dtype)
 
@@ -282,7 +305,9 @@ class TransformerBlock(nn.Module):
             return self.attention_added(x, self.attention.project(o), modulation)
 
         slices.tokenwise(add_attention, (x, o), (x,))
-        del o
+
+    def add_feed_forward_(self, x: Tensor, modulation: tuple[Tensor, ...] | None, slices: Slices) -> None:
+        """The second sublayer, `feed_forward_added` in place of x (B, L, D), in slices."""
         slices.tokenwise(lambda x: self.feed_forward_added(x, modulation), (x,), (x,))
 
     def modulation(self, timestep_embedding: Tensor | None) -> tuple[Tensor, ...] | None:
@@ -293,7 +318,8 @@ class TransformerBlock(nn.Module):
         scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
         return 1 + scale_attn, gate_attn.tanh(), 1 + scale_ffn, gate_ffn.tanh()
 
-    # The three steps below treat every token on its own: any rows of x (B, L, D) will do.
+    # The three steps below treat every token on its own: any rows of x (B, L, D) will do. The last is the second
+    # sublayer, whole.
 
     def attention_input(self, x: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
         h = self.attention_norm1(x)
@@ -363,6 +389,7 @@ class State:
     runs, image then caption tokens afterwards. rope fits `tokens`.
     room: where given, a room that starts with `tokens`, has space for the caption
     behind, and the whole rope, so that joining copies the caption alone.
+    modulation: of the block whose attention was visited last, until its feed-forward is.
     """
 
     tokens: Tensor
@@ -371,6 +398,7 @@ class State:
     caption: Caption
     joined: bool = False
     room: Room | None = None
+    modulation: tuple[Tensor, ...] | None = None
 
     def join(self) -> State:
         """Append the caption tokens, once."""
@@ -410,6 +438,50 @@ class Block:
             return state
         tokens = self.module(state.tokens, state.rope, state.timestep_embedding)
         return replace(state, tokens=tokens)
+
+    def sublayers(self) -> list[Sublayer]:
+        """The two that together do what a visit does, in this order."""
+        return [Sublayer(f"{self.name}.{kind}", self, kind) for kind in SUBLAYERS]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Half of a block, by name: "layers.3.attention", "layers.3.feed_forward". A visit needs its own weights alone.
+
+    kind: ATTENTION, which brings the modulation of both, or FEED_FORWARD.
+    """
+
+    name: str
+    block: Block
+    kind: str
+
+    @property
+    def joint(self) -> bool:
+        return self.block.joint
+
+    def visit(self, state: State, slices: Slices | None = None) -> State:
+        """The state after this sublayer. With `slices` its tokens are updated in place."""
+        module = self.block.module
+        if self.kind == ATTENTION:
+            state = state.join() if self.joint else state
+            modulation = module.modulation(state.timestep_embedding)
+            if slices is None:
+                tokens = module.with_attention(state.tokens, state.rope, modulation)
+                return replace(state, tokens=tokens, modulation=modulation)
+            module.add_attention_(state.tokens, state.rope, modulation, slices)
+            return replace(state, modulation=modulation)
+        if slices is None:
+            tokens = module.feed_forward_added(state.tokens, state.modulation)
+            return replace(state, tokens=tokens, modulation=None)
+        module.add_feed_forward_(state.tokens, state.modulation, slices)
+        return replace(state, modulation=None)
+
+    def refine(self, caption: Caption) -> Caption:
+        """The caption after this sublayer of the context refiner, which knows no timestep."""
+        module = self.block.module
+        if self.kind == ATTENTION:
+            return replace(caption, tokens=module.with_attention(caption.tokens, caption.rope, None))
+        return replace(caption, tokens=module.feed_forward_added(caption.tokens, None))
 
 
 class L2PTransformer(nn.Module):
@@ -454,6 +526,15 @@ class L2PTransformer(nn.Module):
         return [Block(f"noise_refiner.{i}", m, joint=False) for i, m in self._numbered(self.noise_refiner)] + [
             Block(f"layers.{i}", m, joint=True) for i, m in self._numbered(self.layers)
         ]
+
+    def sublayers(self) -> list[Sublayer]:
+        """Those of `blocks`, in the order they run."""
+        return [sublayer for block in self.blocks() for sublayer in block.sublayers()]
+
+    def refiner_sublayers(self) -> list[Sublayer]:
+        """Those of the context refiner, in the order they refine a caption."""
+        refiner = (Block(f"context_refiner.{i}", m, joint=False) for i, m in self._numbered(self.context_refiner))
+        return [sublayer for block in refiner for sublayer in block.sublayers()]
 
     @staticmethod
     def _numbered(modules: nn.ModuleList) -> Iterator[tuple[int, TransformerBlock]]:

@@ -1,11 +1,13 @@
 """Where a pipeline's transformer gets its weights from: it has them, or they stream.
 
-Besides its transformer blocks the model is cut into three more: what a caption needs before its refiner,
-what a picture needs before the first block, and the local decoder. A step visits, in this order,
+What streams as one block is half a transformer layer, a sublayer: a ring that holds two of the published model's
+takes two thirds of what whole layers would take, and hides reading better (`benchmarks/README.md`). Besides those
+there are three: what a caption needs before its refiner, what a picture needs before the first layer, and the local
+decoder. A step visits, in this order,
 
-    image_embedder, noise_refiner.*, layers.*, local_decoder
+    image_embedder, noise_refiner.*.{attention,feed_forward}, layers.*.{attention,feed_forward}, local_decoder
 
-and a prompt, once before its first step, caption_embedder and context_refiner.*.
+and a prompt, once before its first step, caption_embedder and context_refiner.*.{attention,feed_forward}.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .config import ModelConfig
 from .decoder_plan import DecoderJob, macs, whole_plan
 from .estimates import CARD_FLOPS, CPU_FLOPS
 from .layout import ModelLayout
-from .model import L2PTransformer
+from .model import FEED_FORWARD, SUBLAYERS, L2PTransformer, sublayer_of
 from .streaming import PhaseDemand, Streamer, WeightStream
 from .tilings import PictureWork, Tiling, device_activations, device_segments, tilings
 
@@ -146,11 +148,21 @@ def cut_into_blocks(layout: ModelLayout) -> tuple[list[Block], frozenset[str]]:
     rest: dict[str, list[TensorSource]] = {CAPTION_EMBEDDER: [], IMAGE_EMBEDDER: [], LOCAL_DECODER: []}
     for source in layout.rest:
         rest[_part(source.name)].append(source)
-    named = {**{name: tuple(sources) for name, sources in rest.items()}, **layout.blocks}
-    once = [CAPTION_EMBEDDER, *(name for name in layout.blocks if name.startswith("context_refiner."))]
-    rounds = [name for name in layout.blocks if name not in once]
+    halves = _sublayers(layout)
+    named = {name: tuple(sources) for name, sources in {**rest, **halves}.items()}
+    once = [CAPTION_EMBEDDER, *(name for name in halves if name.startswith("context_refiner."))]
+    rounds = [name for name in halves if name not in once]
     order = [*once, IMAGE_EMBEDDER, *rounds, LOCAL_DECODER]
     return [Block(name, named[name]) for name in order], frozenset(once)
+
+
+def _sublayers(layout: ModelLayout) -> dict[str, list[TensorSource]]:
+    """Name ("layers.3.attention") -> what it needs, in model order."""
+    halves: dict[str, list[TensorSource]] = {f"{layer}.{kind}": [] for layer in layout.blocks for kind in SUBLAYERS}
+    for layer, sources in layout.blocks.items():
+        for source in sources:
+            halves[f"{layer}.{sublayer_of(source.name.removeprefix(f'{layer}.'))}"].append(source)
+    return halves
 
 
 def _part(name: str) -> str:
@@ -172,12 +184,14 @@ def visit_seconds(config: ModelConfig, work: PictureWork, blocks: list[Block], f
         else:
             seen = work.tokens(config)
             tokens = work.branches * seen
-        seconds[block.name] = _block_flops(config, tokens, seen) / flops if "." in block.name else 0.0
+        seconds[block.name] = _flops(config, block.name, tokens, seen) / flops if "." in block.name else 0.0
     decoder = work.branches * 2 * macs(DecoderJob.of(config, work.width, work.height), whole_plan(config.decoder))
     return seconds | {LOCAL_DECODER: decoder / flops}
 
 
-def _block_flops(config: ModelConfig, tokens: int, seen: int) -> float:
-    """Operations of a transformer block on `tokens`, each attending to `seen`."""
+def _flops(config: ModelConfig, name: str, tokens: int, seen: int) -> float:
+    """Operations of a sublayer on `tokens`, each attending to `seen`."""
     dim = config.dim
-    return 2.0 * tokens * (4 * dim * dim + 3 * dim * config.ffn_dim) + 4.0 * tokens * seen * dim
+    if name.endswith(FEED_FORWARD):
+        return 2.0 * tokens * 3 * dim * config.ffn_dim
+    return 2.0 * tokens * 4 * dim * dim + 4.0 * tokens * seen * dim

@@ -584,17 +584,17 @@ class L2PPipeline:
                 for key, index in owners.items()
             }
         states: list[State] = []
-        blocks = model.blocks()
+        sublayers = model.sublayers()
         report = self._report("denoise")
-        report(0, len(blocks))
-        for done, block in enumerate(blocks, 1):
-            with visit(block.name):
-                if not block.joint:
-                    common = {key: block.visit(state, slices=slices) for key, state in common.items()}
+        report(0, len(sublayers))
+        for done, sublayer in enumerate(sublayers, 1):
+            with visit(sublayer.name):
+                if not sublayer.joint:
+                    common = {key: sublayer.visit(state, slices) for key, state in common.items()}
                 else:
                     states = states or _part_branches(branches, common, rooms)
-                    states = [block.visit(state, slices=slices) for state in states]
-            report(done, len(blocks))
+                    states = [sublayer.visit(state, slices) for state in states]
+            report(done, len(sublayers))
         model.scratch.release()  # the decoder converts nothing through it, and needs the room
         with visit(LOCAL_DECODER), self.streamer.sparing():
             return [
@@ -664,9 +664,9 @@ class L2PPipeline:
         model, visit = self.transformer, self.weights.visit
         with visit(CAPTION_EMBEDDER):
             captions = [model.embed_caption(item, self.stream_dtype) for item in features]
-        for index, block in enumerate(model.context_refiner):
-            with visit(f"context_refiner.{index}"):
-                captions = [replace(caption, tokens=block(caption.tokens, caption.rope, None)) for caption in captions]
+        for sublayer in model.refiner_sublayers():
+            with visit(sublayer.name):
+                captions = [sublayer.refine(caption) for caption in captions]
         return captions
 
 

@@ -1,4 +1,4 @@
-"""A text encoder that holds its weights only while it works, layer by layer, within the pipeline's budget."""
+"""A text encoder that holds its weights only while it works, half a layer at a time, within the pipeline's budget."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _HEADER_BYTES, _SAMPLED_BYTES, _SAMPLES = 1 << 20, 16 << 10, 64
 
 
 class StreamedTextEncoder:
-    """Token ids -> features. All prompts of a call go through each layer in one visit, so that its weights
-    are read once; of the embedding only the rows of the tokens at hand are read at all."""
+    """Token ids -> features. All prompts of a call go through each sublayer in one visit, so that its
+    weights are read once; of the embedding only the rows of the tokens at hand are read at all."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class StreamedTextEncoder:
             stream = self._streamer.open(self._model, checkpoint, self.demand([ids.numel() for ids in prompts]))
             try:
                 states = [self._embed(stream, ids) for ids in prompts]
-                for done, block in enumerate(self._model.blocks(), 1):
-                    with stream.visit(block.name):
-                        states = [(block.visit(x, cos, sin), cos, sin) for x, cos, sin in states]
+                for done, sublayer in enumerate(self._model.sublayers(), 1):
+                    with stream.visit(sublayer.name):
+                        states = [(sublayer.visit(x, cos, sin), cos, sin) for x, cos, sin in states]
                     if progress is not None:
                         progress(done, len(self._blocks))
             finally:

@@ -92,7 +92,7 @@ class EncoderMLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One Qwen3 decoder layer: the unit of streaming, like a transformer block."""
+    """One Qwen3 decoder layer: two sublayers, self-attention and MLP, each added to the hidden states."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -103,7 +103,12 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, L, hidden), cos and sin (L, head width) -> (B, L, hidden)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return self.with_mlp(self.with_attention(x, cos, sin))
+
+    def with_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x + self.self_attn(self.input_layernorm(x), cos, sin)
+
+    def with_mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -121,24 +126,34 @@ class Embedding(nn.Module):
         return F.embedding(ids, weight).to(dtype)
 
 
+# What a layer is made of, and the unit of streaming.
+SUBLAYERS = SELF_ATTENTION, MLP = "self_attn", "mlp"
+_OF_MLP = (MLP, "post_attention_layernorm")
+
+
+def encoder_sublayer_of(parameter: str) -> str:
+    """Which sublayer a parameter of a layer belongs to: "mlp.up_proj.weight" -> "mlp"."""
+    return MLP if parameter.split(".", 1)[0] in _OF_MLP else SELF_ATTENTION
+
+
 @dataclass(frozen=True)
-class EncoderBlock:
-    """A named layer of the encoder, for whoever drives the loop."""
+class EncoderSublayer:
+    """Half of a layer by name, "layers.3.self_attn" or "layers.3.mlp", for whoever drives the loop."""
 
     name: str
-    module: EncoderLayer
+    layer: EncoderLayer
+    kind: str
 
     def visit(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Hidden states (B, L, hidden) through the layer."""
-        result: Tensor = self.module(x, cos, sin)
-        return result
+        """Hidden states (B, L, hidden) through the sublayer."""
+        return self.layer.with_mlp(x) if self.kind == MLP else self.layer.with_attention(x, cos, sin)
 
 
 class TextEncoder(nn.Module):
     """Token ids -> hidden states before the last layer.
 
     Holds only what is needed: the embedding and all layers but the last.
-    prelude -> blocks, like the transformer; there is no epilogue.
+    prelude -> sublayers, like the transformer; there is no epilogue.
     """
 
     def __init__(self, config: TextEncoderConfig) -> None:
@@ -149,8 +164,13 @@ class TextEncoder(nn.Module):
         self.scratch = Scratch()
         self.scratch.share(self)
 
-    def blocks(self) -> list[EncoderBlock]:
-        return [EncoderBlock(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]  # type: ignore[arg-type]
+    def sublayers(self) -> list[EncoderSublayer]:
+        """In the order they run."""
+        return [
+            EncoderSublayer(f"layers.{index}.{kind}", layer, kind)  # type: ignore[arg-type]
+            for index, layer in enumerate(self.layers)
+            for kind in SUBLAYERS
+        ]
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Raise ValueError unless input_ids is (B, L) of tokens that the vocabulary has."""
@@ -175,6 +195,6 @@ class TextEncoder(nn.Module):
         """input_ids (B, L), unpadded -> (B, L, hidden): the features of every token."""
         self.check_ids(input_ids)
         x, cos, sin = self.prelude(input_ids, dtype)
-        for block in self.blocks():
-            x = block.visit(x, cos, sin)
+        for sublayer in self.sublayers():
+            x = sublayer.visit(x, cos, sin)
         return x

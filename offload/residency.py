@@ -28,7 +28,7 @@ from offload.sizes import format_bytes
 
 _STEPS_TO_STEADY_STATE = 3
 # As many slots as the usual block may take: with more, a ring is a long list of small slots.
-_SLOTS_OF_A_BLOCK = 8
+_SLOTS_OF_A_BLOCK = 6
 # What bounds the time of planning, for models of hundreds of blocks or sizes: sizes of slots and numbers of blocks that
 # are tried, and visits that predictions play through in all, a few seconds of them. Most models stay far below.
 _MOST_SIZES = 16
@@ -156,11 +156,29 @@ def plan_residency(
 # A run asks for the same plan a few times: whether it fits, to tell of it, and to open the ring.
 @lru_cache(maxsize=64)
 def _best_plan(blocks: tuple[BlockCost, ...], rates: Rates, budget: Budget, slots: int | None) -> ResidencyPlan:
-    residents = _resident_choices(blocks, budget.weights, _most_choices(blocks, slots))
-    choices = (_complete(blocks, rates, budget, resident, slots) for resident in residents)
-    # A plan that had to give something up loses to any that did not: slots beyond the pair absorb jitter,
-    # which no prediction sees.
-    return min((plan for plan in choices if plan is not None), key=lambda plan: (len(plan.notes), _rank(plan, rates)))
+    # As `_rank` prefers them, so that most cannot be better than the best so far, and are not played through.
+    residents = sorted(
+        _resident_choices(blocks, budget.weights, _most_choices(blocks, slots)),
+        key=lambda resident: _held_bytes(blocks, resident),
+        reverse=rates.link is None,
+    )
+    best: ResidencyPlan | None = None
+    for resident in residents:
+        if best is not None and not best.notes and _least_rank(blocks, rates, budget, resident) > _rank(best, rates):
+            continue
+        plan = _complete(blocks, rates, budget, resident, slots)
+        # A plan that had to give something up loses to any that did not: slots beyond the pair absorb jitter,
+        # which no prediction sees.
+        if plan is not None and (
+            best is None or (len(plan.notes), _rank(plan, rates)) < (len(best.notes), _rank(best, rates))
+        ):
+            best = plan
+    assert best is not None, "some plan fits, or the budget was refused"
+    return best
+
+
+def _held_bytes(blocks: Sequence[BlockCost], resident: frozenset[str]) -> int:
+    return sum(block.nbytes for block in blocks if block.name in resident)
 
 
 def _most_choices(blocks: Sequence[BlockCost], slots: int | None) -> int:
@@ -170,12 +188,30 @@ def _most_choices(blocks: Sequence[BlockCost], slots: int | None) -> int:
     return max(_MOST_VISITS // max(rings * visits, 1), _LEAST_CHOICES)
 
 
-def _rank(plan: ResidencyPlan, rates: Rates) -> tuple[float, float, int]:
-    # Rounded to a ten-thousandth of the step: less is no reason to hold memory.
-    stall = round(plan.stall_seconds / max(plan.compute_seconds + plan.stall_seconds, 1e-12), 4)
+def _rank(plan: ResidencyPlan, rates: Rates) -> tuple[float, int, int]:
+    stall = _share(plan.stall_seconds, plan.compute_seconds)
     if rates.link is None:
         return (stall, plan.streamed_bytes, plan.device_bytes)
     return (stall, plan.device_bytes, plan.streamed_bytes)
+
+
+def _least_rank(
+    blocks: Sequence[BlockCost], rates: Rates, budget: Budget, resident: frozenset[str]
+) -> tuple[float, int, int]:
+    """What no plan with these residents is ranked below: computing and moving can do no better than overlap."""
+    streamed = [block for block in blocks if block.name not in resident]
+    moved = sum(block.nbytes * block.visits for block in streamed)
+    computing = sum(block.seconds * block.visits for block in blocks)
+    moving = moved / (rates.disk if rates.link is None else rates.link)
+    stall = _share(max(moving - computing, 0.0), computing)
+    # One step of the rounding less, for sums of floats in another order.
+    held = budget.activations + budget.reserved + _held_bytes(blocks, resident)
+    return (max(stall - 1e-4, 0.0), moved, held) if rates.link is None else (max(stall - 1e-4, 0.0), held, moved)
+
+
+def _share(stall: float, computing: float) -> float:
+    """Of the step. Rounded to a ten-thousandth of it: less is no reason to hold memory."""
+    return round(stall / max(computing + stall, 1e-12), 4)
 
 
 def _require_device(blocks: Sequence[BlockCost], budget: Budget) -> None:
@@ -238,9 +274,14 @@ def _rings_within(blocks: Sequence[BlockCost], most: int, limit: int) -> list[tu
 
 
 def _usual_bytes(blocks: Sequence[BlockCost]) -> int:
-    """The median size of those that the steps visit; 0 where there are none."""
+    """The size of block that the median byte of a step lies in; 0 where there are none."""
     sizes = sorted(block.nbytes for block in blocks if block.visits > 0)
-    return sizes[len(sizes) // 2] if sizes else 0
+    passed, half = 0, sum(sizes) / 2
+    for size in sizes:
+        passed += size
+        if passed >= half:
+            return size
+    return 0
 
 
 def _resident_choices(blocks: Sequence[BlockCost], spare: int, most: int) -> Iterator[frozenset[str]]:
@@ -295,7 +336,8 @@ def _complete(
     usual = _usual_bytes(streamed)
     enough = [plan for plan in plans if not streamed or _room(plan, usual) >= wanted]
     if enough or not plans:
-        return min(enough, key=lambda plan: _rank(plan, rates), default=None)
+        # Of the same bytes the fewest slots: a block waits for no more neighbours to be free than it must.
+        return min(enough, key=lambda plan: (_rank(plan, rates), plan.slots), default=None)
     best = min(plans, key=lambda plan: (-_room(plan, usual), _rank(plan, rates)))
     room = _room(best, usual)
     return replace(best, notes=(f"a ring for {room} instead of {wanted} blocks, for want of device memory",))

@@ -28,7 +28,9 @@ def test_dequantised_weights_and_outputs_match_the_reference(name: str, mode: st
     # A rotation is a matrix product, whose sums another processor's kernel makes in another order.
     atol = 0 if rotation is None else 1e-6
     torch.testing.assert_close(linear.dequantized(), stored[f"{mode}.dequantized"], atol=atol, rtol=0)
-    torch.testing.assert_close(output, stored[f"{mode}.w8a16_out"], atol=1e-5, rtol=0)
+    expected = stored[f"{mode}.w8a16_out"]
+    assert (output - expected).norm() <= 1e-6 * expected.norm()
+    torch.testing.assert_close(output, expected, atol=2e-5, rtol=0)  # outputs go up to 11
 
 
 def test_a_missing_rotation_would_be_seen():

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,17 @@ def test_scaled_fp8_encoder_is_close(tmp_path: Path, key: str):
     save_file(weights, tmp_path / "encoder.safetensors")
 
     check_features(open_encoder(tmp_path / "encoder.safetensors"), 0.1)
+
+
+def test_every_weight_but_the_vocabulary_streams_with_one_half_of_a_layer(tmp_path: Path):
+    encoder = open_encoder(encoder_folder(tmp_path / "text_encoder", goldens.weights("te_a")))
+    blocks, sources = encoder.layout.blocks, encoder.layout.sources
+
+    assert list(blocks) == [sublayer.name for sublayer in encoder._model.sublayers()]
+    assert Counter(source.name for held in blocks.values() for source in held) == Counter(
+        name for name in sources if name != "embed_tokens.weight"
+    )
+    assert {source.name.split(".")[2] for source in blocks["layers.1.mlp"]} == {"mlp", "post_attention_layernorm"}
 
 
 def test_prompts_share_one_reading_of_the_encoder_and_nothing_stays(tmp_path: Path):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload import BudgetError
+from offload import BudgetError, residency
 from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, SlotCycle, Tier, plan_residency, predict_stall
 
 GIB = 1 << 30
@@ -280,3 +280,46 @@ def test_a_slot_cycle_keeps_runs_together() -> None:
     ]
     with pytest.raises(ValueError, match="needs 4 slots, the ring has 3"):
         cycle.take(4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(costs, rates, budgets, st.sampled_from([None, 2, 3]))
+def test_leaving_out_what_cannot_be_better_changes_no_plan(
+    blocks: list[BlockCost], rates: Rates, budget: Budget, slots: int | None
+) -> None:
+    try:
+        found = plan_residency(blocks, rates, budget, slots=slots)
+    except BudgetError:
+        return
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residency, "_least_rank", lambda *_: (-1.0, 0, 0))
+        everything = residency._best_plan.__wrapped__(tuple(blocks), rates, budget, slots)
+    assert found == everything
+
+
+def test_few_choices_are_played_through_where_most_cannot_be_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[int] = []
+
+    def count(*args: object, **options: object) -> float:
+        played.append(1)
+        return predict_stall(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(residency, "predict_stall", count)
+    plan = plan_residency(layers(60), Rates(disk=30e9), Budget(device=8 * GIB))
+
+    assert plan.count(Tier.DEVICE) == 44
+    assert len(played) < 60  # of a hundred sets and more, each with a few rings
+
+
+def test_the_usual_block_is_the_one_that_the_median_byte_is_in() -> None:
+    """Of halves of layers a ring holds three of the larger, so that it hides as much reading as with whole ones."""
+    halves = [
+        BlockCost(f"{index}.{half}", nbytes * LAYER // 3, 0.05)
+        for index in range(30)
+        for half, nbytes in (("attention", 1), ("feed_forward", 2))
+    ]
+
+    plan = plan_residency(halves, Rates(disk=30e9), Budget(device=GIB))
+
+    assert plan.ring_bytes >= 3 * (2 * LAYER // 3)

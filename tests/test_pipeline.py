@@ -83,26 +83,37 @@ def test_a_step_visits_every_block_with_both_branches_and_shares_what_sees_no_ca
     """The image tokens see of a caption only its padded length, by their positions."""
     visits: list[str] = []
     names = {id(block.module): block.name for block in pipe.transformer.blocks()}
-    plain, in_place = TransformerBlock.forward, TransformerBlock.update_
+    refiner = set(map(id, pipe.transformer.context_refiner))
 
-    def watch_refiner(self, *args):
-        visits.append("context refiner")
-        return plain(self, *args)
+    def watched(method, told: str):
+        def watch(self, *args):
+            if id(self) in refiner:
+                visits.append(f"context refiner, {told}")
+            elif id(self) in names and (method.__name__.endswith("_")):
+                visits.append(f"{names[id(self)]}, {told}")
+            return method(self, *args)
 
-    def watch(self, *args):
-        visits.append(names[id(self)])
-        return in_place(self, *args)
+        return watch
 
-    monkeypatch.setattr(TransformerBlock, "forward", watch_refiner)
-    monkeypatch.setattr(TransformerBlock, "update_", watch)
+    for method, told in (
+        (TransformerBlock.with_attention, "attention"),
+        (TransformerBlock.add_attention_, "attention"),
+        (TransformerBlock.feed_forward_added, "feed-forward"),
+        (TransformerBlock.add_feed_forward_, "feed-forward"),
+    ):
+        monkeypatch.setattr(TransformerBlock, method.__name__, watched(method, told))
     # Of no other test: captions of the call before are kept.
     positive, negative = features(60 + tokens), features(62, tokens=tokens)
     together = pipe(prompt_embeds=positive, negative_prompt_embeds=negative, seed=1, **FAST).images
     monkeypatch.undo()
 
-    refined = {"noise_refiner": 1 if shared else 2, "layers": 2}
-    per_step = [name for name in names.values() for _ in range(refined[name.split(".")[0]])]
-    assert visits == ["context refiner"] * 2 * len(pipe.transformer.context_refiner) + per_step * 2
+    halves = ("attention", "feed-forward")
+    once = [f"context refiner, {half}" for _ in refiner for half in halves for _ in range(2)]
+    branches = {"noise_refiner": 1 if shared else 2, "layers": 2}
+    per_step = [
+        f"{name}, {half}" for name in names.values() for half in halves for _ in range(branches[name.split(".")[0]])
+    ]
+    assert visits == once + per_step * 2
     assert torch.equal(together, unshared(pipe, positive, negative))
 
 

@@ -517,7 +517,7 @@ def test_an_exception_inside_a_block_leaves_a_pipeline_that_works(model: Path, m
     with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32", ram=smallest_ram(model)) as pipe:
         block = pipe.transformer.layers[1]
         with monkeypatch.context() as patch:
-            patch.setattr(block, "update_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(block, "add_feed_forward_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 pipe(**PROMPT, **FAST)
 
@@ -660,8 +660,7 @@ def test_pins_and_slots_are_those_that_were_asked_for(model: Path, monkeypatch: 
 
     assert asked == [0, 1 << 30]
     assert [plan.count(Tier.PINNED) > 0 for plan in plans] == [False, True]
-    assert plans[1].slots == 9
-    assert plans[0].ring_bytes < plans[1].ring_bytes
+    assert plans[1].slots == 9 != plans[0].slots
 
 
 def test_a_step_on_the_cpu_holds_no_more_than_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
