@@ -132,7 +132,7 @@ class L2PPipeline:
 
     weights: None where `transformer` has its own. compute: what multiplies INT8 weights.
     on_progress, if set, is called with (phase, done, total): "text encoder"
-    counts encoder layers, "denoise" the blocks within the current step.
+    counts its blocks (halves of layers), "denoise" the blocks within the current step.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def byte_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int],
 
 
 class Progress:
-    """One bar at a time: over the encoder's layers, then over the steps of each picture.
+    """One bar at a time: over the encoder's blocks, then over the steps of each picture.
 
     `report` is the pipeline's `on_progress`; `step_done` is for its step callback. seconds and steps add
     up over all pictures. quiet: draws nothing, counts all the same.
@@ -64,7 +64,7 @@ class Progress:
     def report(self, phase: str, done: int, total: int) -> None:
         if phase == "text encoder":
             if self._bar is None:
-                self._open(phase, total, unit="layer", leave=False)
+                self._open(phase, total, unit="block", leave=False)
             self._bar.n = done
         elif self._bar is not None:
             self._bar.set_postfix_str(f"block {done}/{total}", refresh=False)

@@ -1,6 +1,6 @@
 """Blocks of tensors, each laid out in one contiguous slot.
 
-A block is what one visit needs, usually a transformer layer. Its slot looks like this:
+A block is what one visit needs, usually a transformer layer or half of one. Its slot looks like this:
 
     | tensor | tensor | fused q k v | ... | raw | raw |
     0        256-byte aligned, in file order    nbytes
