@@ -129,8 +129,15 @@ class PhaseDemand:
         return replace(self, activations=self.activations + most)
 
     def costs(self) -> list[BlockCost]:
+        has_rounds = any(block.name not in self.once for block in self.blocks)
         return [
-            BlockCost(block.name, block.nbytes, self.seconds.get(block.name, 0.0), int(block.name not in self.once))
+            BlockCost(
+                block.name,
+                block.nbytes,
+                self.seconds.get(block.name, 0.0),
+                visits=int(block.name not in self.once or not has_rounds),
+                may_stay=block.name not in self.once,
+            )
             for block in self.blocks
         ]
 

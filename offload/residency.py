@@ -50,13 +50,19 @@ class Tier(str, Enum):
 class BlockCost:
     """What the planner knows of a block: the bytes of its slot, the seconds one visit computes, visits per step.
 
-    A block of 0 visits per step is visited outside the steps, if at all: it is streamed and never kept.
+    A block of 0 visits per step is visited outside the steps, if at all: it is streamed and never kept. Neither is one
+    that may not stay: of a phase whose blocks are visited once in all, a plan for one visit each hides their reading.
     """
 
     name: str
     nbytes: int
     seconds: float
     visits: int = 1
+    may_stay: bool = True
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        return self.may_stay and self.visits > 0
 
 
 @dataclass(frozen=True)
@@ -216,8 +222,7 @@ def _share(stall: float, computing: float) -> float:
 
 def _require_device(blocks: Sequence[BlockCost], budget: Budget) -> None:
     """Raise BudgetError unless a slot pair, or everything at once, fits."""
-    whole = sum(block.nbytes for block in blocks)
-    pair = min((count * size for size, count in _rings(blocks, 2)), default=0)
+    whole, pair = sum(block.nbytes for block in blocks), _pair_bytes(blocks)
     least = min(whole, pair)
     if least <= budget.weights:
         return
@@ -231,6 +236,11 @@ def _require_device(blocks: Sequence[BlockCost], budget: Budget) -> None:
         f"the nearest plan that fits takes {needed} bytes",
         needed,
     )
+
+
+def _pair_bytes(blocks: Sequence[BlockCost]) -> int:
+    """Of the smallest ring of two slots."""
+    return min((count * size for size, count in _rings(blocks, 2)), default=0)
 
 
 def _require_staging(blocks: Sequence[BlockCost], rates: Rates, budget: Budget) -> None:
@@ -291,7 +301,7 @@ def _resident_choices(blocks: Sequence[BlockCost], spare: int, most: int) -> Ite
     Every set is tried plain and with the blocks larger than most in it first: one large block can cost
     the ring more than it costs to keep.
     """
-    useful = [block for block in blocks if block.visits > 0]
+    useful = [block for block in blocks if block.is_worth_keeping]
     large = [block for block in useful if block.nbytes > _usual_bytes(useful)]
     seen: set[frozenset[str]] = set()
     for first in ([], large):
@@ -304,7 +314,7 @@ def _resident_choices(blocks: Sequence[BlockCost], spare: int, most: int) -> Ite
             if chosen not in seen:
                 seen.add(chosen)
                 yield chosen
-    if sum(block.nbytes for block in blocks) <= spare:
+    if sum(block.nbytes for block in blocks) <= spare and (useful or _pair_bytes(blocks) > spare):
         yield frozenset(block.name for block in blocks)
 
 
@@ -363,8 +373,8 @@ def _host_tiers(streamed: Sequence[BlockCost], rates: Rates, budget: Budget) -> 
 
 
 def _most(blocks: Sequence[BlockCost], limit: int) -> list[BlockCost]:
-    """As many bytes of blocks as `_spread` fits into `limit`, blocks of every step only."""
-    useful = [block for block in blocks if block.visits > 0]
+    """As many bytes of blocks as `_spread` fits into `limit`, of those worth keeping."""
+    useful = [block for block in blocks if block.is_worth_keeping]
     choices = [_spread(useful, wanted, limit) for wanted in _evenly(len(useful), _MOST_COUNTS)]
     return max(choices, key=lambda choice: sum(block.nbytes for block in choice))
 

@@ -209,6 +209,17 @@ def test_every_weight_but_the_vocabulary_streams_with_one_half_of_a_layer(tmp_pa
     assert {source.name.split(".")[2] for source in blocks["layers.1.mlp"]} == {"mlp", "post_attention_layernorm"}
 
 
+def test_the_ring_of_an_encoder_is_planned_for_one_visit_of_each_block(tmp_path: Path):
+    """Visited once in all, blocks are not worth keeping, but their reading is to be hidden."""
+    encoder = open_encoder(encoder_folder(tmp_path / "text_encoder", goldens.weights("te_a")))
+
+    costs = encoder.demand([64]).costs()
+
+    assert [cost.name for cost in costs] == list(encoder.layout.blocks)
+    assert {(cost.visits, cost.may_stay) for cost in costs} == {(1, False)}
+    assert all(cost.seconds > 0 for cost in costs)
+
+
 def test_prompts_share_one_reading_of_the_encoder_and_nothing_stays(tmp_path: Path):
     save_file(goldens.weights("te_a"), tmp_path / "encoder.safetensors")
     streamer = Streamer(torch.device("cpu"), MemoryOptions(poison=True))

@@ -29,10 +29,23 @@ def bytes_of(blocks: list[BlockCost], plan: ResidencyPlan, tier: Tier) -> int:
     return sum(block.nbytes for block in blocks if plan.tiers[block.name] is tier)
 
 
-costs = st.lists(
-    st.tuples(st.sampled_from([256, 1024, 2048, 4096, 10_240]), st.floats(0, 1e-3), st.sampled_from([0, 1, 1, 1, 2])),
-    max_size=12,
-).map(lambda found: [BlockCost(f"b{i}", nbytes, seconds, visits) for i, (nbytes, seconds, visits) in enumerate(found)])
+costs = st.tuples(
+    st.lists(
+        st.tuples(
+            st.sampled_from([256, 1024, 2048, 4096, 10_240]),
+            st.floats(0, 1e-3),
+            st.sampled_from([0, 1, 1, 1, 2]),
+            st.sampled_from([True, True, False]),
+        ),
+        max_size=12,
+    ),
+    st.sampled_from([True, True, False]),  # whether any may stay
+).map(
+    lambda found: [
+        BlockCost(f"b{i}", nbytes, seconds, visits, may_stay and found[1])
+        for i, (nbytes, seconds, visits, may_stay) in enumerate(found[0])
+    ]
+)
 budgets = st.builds(
     Budget,
     device=st.integers(0, 150_000),
@@ -168,6 +181,22 @@ def test_blocks_outside_the_steps_are_never_kept() -> None:
     plan = plan_residency(with_refiners(0.01), RATES, Budget(10 * GIB, host=3 * GIB, pinned=GIB, staging=1 << 27))
 
     assert {plan.tiers[f"context.{index}"] for index in range(2)} <= {Tier.DISK, Tier.DEVICE}
+
+
+@pytest.mark.parametrize("device", [GIB, 8 * GIB], ids=["some would fit", "all would fit"])
+def test_a_phase_of_one_visit_each_keeps_nothing_and_has_a_ring_that_hides_its_reading(device: int) -> None:
+    """Halves of layers, computed as fast as they are read: a ring that the larger fills would wait for each."""
+    halves = [
+        BlockCost(f"{index}.{half}", nbytes * LAYER // 3, 0.04 * nbytes, may_stay=False)
+        for index in range(30)
+        for half, nbytes in (("attention", 1), ("feed_forward", 2))
+    ]
+
+    plan = plan_residency(halves, Rates(disk=LAYER / 3 / 0.04), Budget(device=device))
+
+    assert plan.count(Tier.DISK) == 60
+    assert plan.stall_seconds < 0.1 * plan.compute_seconds
+    assert plan.ring_bytes > 2 * (2 * LAYER // 3)
 
 
 def test_ram_holds_a_fixed_spread_subset_pins_first() -> None:

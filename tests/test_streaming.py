@@ -327,6 +327,13 @@ def test_a_step_reads_every_streamed_block_once_for_both_branches(model: Path) -
     assert figures.tiers == {"disk": len(blocks)}
 
 
+def test_what_a_prompt_visits_once_is_no_part_of_the_steps(model: Path) -> None:
+    costs = work_of(model, once=visited_once(model)).costs()
+
+    told = {(cost.visits, cost.may_stay): cost.name in visited_once(model) for cost in costs}
+    assert told == {(1, True): False, (0, False): True}
+
+
 def test_weights_stay_for_the_next_picture_and_captions_for_the_same_prompt(model: Path) -> None:
     with L2PPipeline.from_pretrained(model, device="cpu", dtype="fp32") as pipe:
         first = pipe(**PROMPT, **FAST).images
