@@ -1,9 +1,9 @@
 """Where a pipeline's transformer gets its weights from: it has them, or they stream.
 
-What streams as one block is half a transformer layer, a sublayer: a ring that holds two of the published model's
-takes two thirds of what whole layers would take, and hides reading better (`benchmarks/README.md`). Besides those
-there are three: what a caption needs before its refiner, what a picture needs before the first layer, and the local
-decoder. A step visits, in this order,
+What streams as one block is half a transformer layer, a sublayer: the smallest ring for the published model takes two
+thirds of what whole layers need, and a ring of a given size hides more reading (`benchmarks/simulated.py`). Besides
+those there are three: what a caption needs before its refiner, what a picture needs before the first layer, and the
+local decoder. A step visits, in this order,
 
     image_embedder, noise_refiner.*.{attention,feed_forward}, layers.*.{attention,feed_forward}, local_decoder
 

@@ -209,10 +209,10 @@ def _least_rank(
     moved = sum(block.nbytes * block.visits for block in streamed)
     computing = sum(block.seconds * block.visits for block in blocks)
     moving = moved / (rates.disk if rates.link is None else rates.link)
-    stall = _share(max(moving - computing, 0.0), computing)
     # One step of the rounding less, for sums of floats in another order.
+    stall = max(_share(max(moving - computing, 0.0), computing) - 1e-4, 0.0)
     held = budget.activations + budget.reserved + _held_bytes(blocks, resident)
-    return (max(stall - 1e-4, 0.0), moved, held) if rates.link is None else (max(stall - 1e-4, 0.0), held, moved)
+    return (stall, moved, held) if rates.link is None else (stall, held, moved)
 
 
 def _share(stall: float, computing: float) -> float:
