@@ -2,8 +2,8 @@
 
 Letters: L tokens of a branch (image and caption, pads included), D token width, G = heads x head width of one
 head group, F feed-forward width, T and Q tokens and queries of one slice, e bytes of an element, r of one of the
-token stream, which is wider for fp16. All for one branch of batch 1. A kernel's own scratch, weights, and what the
-allocator rounds up are not in here.
+token stream, which is wider for fp16. All for one branch of batch 1. A kernel's own scratch, weights, what the
+allocator rounds up, and a branch's modulation (4 D r, 60 KiB at full size, between two sublayers) are not in here.
 
     state       L (D r + 4 head width)                    token stream, RoPE table (complex64): lives all step
     block       L D e + 2 L G e                           attention result, keys and values of a head group

@@ -89,7 +89,7 @@ def test_a_step_visits_every_block_with_both_branches_and_shares_what_sees_no_ca
         def watch(self, *args):
             if id(self) in refiner:
                 visits.append(f"context refiner, {told}")
-            elif id(self) in names and (method.__name__.endswith("_")):
+            elif id(self) in names and method.__name__.endswith("_"):
                 visits.append(f"{names[id(self)]}, {told}")
             return method(self, *args)
 

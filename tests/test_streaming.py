@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -658,16 +659,19 @@ def test_pins_and_slots_are_those_that_were_asked_for(model: Path, monkeypatch: 
     asked: list[int] = []
     monkeypatch.setattr(offload.cuda, "CudaDevice", lambda device, **options: asked.append(options["pin_limit"]))
     monkeypatch.setattr(streaming, "available_device_bytes", lambda device: 8 << 30)
-    vram, plans = CONTEXT_BYTES + WORKSPACE_BYTES + 3_100_000, []
+    vram, plans = CONTEXT_BYTES + WORKSPACE_BYTES + 1_300_000, []
+    work = work_of(model)
+    sublayers = replace(work, blocks=[block for block in work.blocks if "." in block.name])  # about as large as another
 
     for pin, slots in ((0, 2), (1 << 30, 9)):
         streamer = Streamer(torch.device("cuda", 0), MemoryOptions(vram, ram=4 << 30, pin=pin, slots=slots))
         streamer.ring_device()
-        plans.append(streamer.plan(work_of(model), None))
+        plans.append(streamer.plan(sublayers, None))
 
     assert asked == [0, 1 << 30]
     assert [plan.count(Tier.PINNED) > 0 for plan in plans] == [False, True]
-    assert plans[1].slots == 9 != plans[0].slots
+    assert [plan.slots for plan in plans] == [2, 9]
+    assert plans[0].ring_bytes < plans[1].ring_bytes
 
 
 def test_a_step_on_the_cpu_holds_no_more_than_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
