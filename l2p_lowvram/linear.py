@@ -24,6 +24,7 @@ from .half_kernels import has_half_kernels
 from .int8_matmul import Int8Matmul, QuantizedRows, multiply, quantize_rows, rows_at_a_time
 from .onednn import multiplies, multiply_into
 from .scratch import Scratch
+from .work_sharing import share, worker_count
 
 REGULAR, SYLVESTER = "regular", "sylvester"
 
@@ -44,6 +45,13 @@ _MOST_STORED_TOKENS = 640
 _CARD_PRODUCT_BYTES = 32 << 20
 # Of outputs in fp32 on their way to half precision.
 _CPU_SCALED_BYTES = 2 << 20
+# Of a weight in fp32, what one of several threads multiplies at a time; and with few tokens, where converting takes as
+# long as multiplying. Products of fewer multiplications are made by all threads together.
+_PIECE_BYTES = 5 << 20
+_SMALL_PIECE_BYTES, _FEW_TOKENS = 2 << 20, 128
+_LEAST_SHARED_WORK = 1 << 26
+# Rows of a piece are a multiple of this, which keeps all of them on boundaries that kernels like.
+_PIECE_MULTIPLE = 16
 
 
 def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
@@ -52,6 +60,8 @@ def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
     nbytes = CPU_SLICE_BYTES if device.type == "cpu" else DEVICE_SLICE_BYTES
     if device.type == "cpu" and itemsize == 2:
         return 2 * nbytes + max(max(_CPU_HALF_BYTES, held) + _CPU_SCALED_BYTES, _CPU_KERNEL_BYTES)
+    if device.type == "cpu":
+        return 2 * nbytes + max(nbytes, held, _PIECE_BYTES * torch.get_num_threads())
     return 2 * nbytes + max(_CARD_PRODUCT_BYTES if is_card(device) else nbytes * itemsize // 4, held)
 
 
@@ -251,9 +261,13 @@ class Linear(nn.Module):
             if self._multiplies_stored(x.dtype, x.shape[:-1].numel()):
                 return _linear_scaled(x, self.weight, output_scale)
             writes_scaled = self._has_kernel(x.dtype, x.dtype)
+        result = x.new_empty(*x.shape[:-1], self.out_features)
+        workers = 1 if keeps or self.rotation is not None else _workers_for(x, self.weight)
+        if workers > 1:
+            self._multiply_shared(result, x, output_scale, bias, workers)
+            return result
         # A few rows at a time: the weight never stands dequantised as a whole, and on a CPU the
         # slice is still in the cache when it is multiplied.
-        result = x.new_empty(*x.shape[:-1], self.out_features)
         step = _multiplied_rows(x.device, x.dtype, self.in_features, self.out_features, writes_scaled)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
@@ -275,6 +289,18 @@ class Linear(nn.Module):
                 _write_scaled(out, product(x, weight), _of_rows(output_scale, rows), added)
         return result
 
+    def _multiply_shared(
+        self, result: Tensor, x: Tensor, scale: Tensor | None, bias: Tensor | None, workers: int
+    ) -> None:
+        """result := x W^T * scale + bias: threads convert and multiply pieces of the weight as they come free."""
+        step = _piece_rows(x, self.weight, workers)
+        rooms = self._take(step * workers, x.dtype).split(step)
+
+        def converted(worker: int, rows: slice) -> Tensor:
+            return self._convert_into(rooms[worker][: rows.stop - rows.start], rows, scaled=scale is None)
+
+        _multiply_pieces(result, x, converted, step, scale, bias, workers)
+
     def rows(
         self, parts: Sequence[slice], dtype: torch.dtype, tokens: int
     ) -> list[Callable[[Tensor | QuantizedRows], Tensor]]:
@@ -292,8 +318,7 @@ class Linear(nn.Module):
             return [partial(_linear_scaled, weight=self.weight[part], scale=_of_rows(scale, part)) for part in parts]
         counts = [len(range(*part.indices(self.out_features))) for part in parts]
         held = self._take(sum(counts), dtype).split(counts)
-        for weight, part in zip(held, parts, strict=True):
-            self._convert_into(weight, part, scaled=scale is None)
+        self._convert_all(list(zip(held, parts, strict=True)), scaled=scale is None)
         if scale is None:
             return [partial(product, weight=weight) for weight in held]
         return [
@@ -345,6 +370,18 @@ class Linear(nn.Module):
             self._convert_slice(piece, slice(first, min(first + step, stop)), scaled)
         return out
 
+    def _convert_all(self, wanted: Sequence[tuple[Tensor, slice]], *, scaled: bool) -> None:
+        """Each out := its rows of the weight, in pieces that threads take as they come free, where they can be told
+        apart. Not of rotated weights, which pass through the scratch."""
+        device, step = self.weight.device, _slice_rows(self.weight.device, self.in_features)
+        plain = self.rotation is None and device.type == "cpu"
+        pieces = [
+            (out[begin : begin + step], slice(part.start + begin, min(part.start + begin + step, part.stop)))
+            for out, part in wanted
+            for begin in range(0, out.shape[0], step)
+        ]
+        share(pieces, lambda _, piece: self._convert_into(*piece, scaled=scaled), worker_count() if plain else 1)
+
     def _convert_slice(self, out: Tensor, rows: slice, scaled: bool) -> None:
         """out := these rows; what is fp32 in between stands in the scratch."""
         stored = self.weight[rows]
@@ -380,10 +417,69 @@ class Linear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.weight.dtype}, rotation={self.rotation}"
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) W^T + b. Of all rows together: where x is a slice of a longer tensor, `F.linear` multiplies each item
-    of the batch by itself, on a CPU in several times the time."""
-    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """x (..., K) W^T * scale + b. scale: None, (N) or (1) fp32. Of all rows together: where x is a slice of a longer
+    tensor, `F.linear` multiplies each item of the batch by itself, on a CPU in several times the time."""
+    workers = _workers_for(x, weight)
+    if workers > 1:
+        result = x.new_empty(*x.shape[:-1], weight.shape[0])
+        step = _piece_rows(x, weight, workers)
+        _multiply_pieces(result, x, lambda _, rows: weight[rows], step, scale, bias, workers)
+        return result
+    if scale is None:
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    else:
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight)
+        _write_scaled(y, y, scale, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _workers_for(x: Tensor, weight: Tensor) -> int:
+    """How many threads share x W^T, of which each multiplies alone; 1: torch's own way.
+
+    In fp32 on CPUs, by whose BLAS a thread multiplies part of a weight as fast by itself as beside others. Half
+    precision has matrix units, for which cores work together.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or type(x) is not Tensor or not _is_wide_and_plain(weight):
+        return 1
+    if x.shape[:-1].numel() * weight.numel() < _LEAST_SHARED_WORK:
+        return 1
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return 1
+    return worker_count()
+
+
+def _piece_rows(x: Tensor, weight: Tensor, workers: int) -> int:
+    """Rows of the weight that a thread multiplies at a time: pieces of equal size, as many for each thread."""
+    outputs, columns = weight.shape
+    nbytes = _SMALL_PIECE_BYTES if x.shape[:-1].numel() <= _FEW_TOKENS else _PIECE_BYTES
+    most = max(nbytes // (4 * columns) // _PIECE_MULTIPLE, 1) * _PIECE_MULTIPLE
+    pieces = -(-outputs // (most * workers)) * workers
+    return -(-outputs // (pieces * _PIECE_MULTIPLE)) * _PIECE_MULTIPLE
+
+
+def _multiply_pieces(
+    result: Tensor,
+    x: Tensor,
+    weight_rows: Callable[[int, slice], Tensor],
+    step: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    workers: int,
+) -> None:
+    """result (..., N) := x W^T * scale + bias. weight_rows(worker, rows): these of the weight, (n, K) fp32."""
+    outputs = result.shape[-1]
+    inputs, out = x.reshape(-1, x.shape[-1]), result.view(-1, outputs)
+
+    def multiply(worker: int, rows: slice) -> None:
+        part = out[:, rows]
+        torch.mm(inputs, weight_rows(worker, rows).T, out=part)
+        if scale is not None:
+            part.mul_(_of_rows(scale, rows))
+        if bias is not None:
+            part.add_(bias[rows])
+
+    share([slice(start, min(start + step, outputs)) for start in range(0, outputs, step)], multiply, workers)
 
 
 def _of_rows(scale: Tensor, rows: slice) -> Tensor:
@@ -419,8 +515,7 @@ def _linear_scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         y = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
         multiply_into(y, rows, weight, scale)
     else:
-        y = F.linear(rows, weight)
-        _write_scaled(y, y, scale, None)
+        y = product(rows, weight, scale=scale)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

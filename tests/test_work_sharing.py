@@ -1,0 +1,305 @@
+"""Threads that take pieces of work as they come free, and layers that are multiplied so."""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from l2p_lowvram import linear as linear_module
+from l2p_lowvram import work_sharing
+from l2p_lowvram.linear import Linear, Rotation, converted_bytes
+from l2p_lowvram.work_sharing import share, worker_count
+
+SECONDS = 60
+needs_libraries = pytest.mark.skipif(work_sharing._libraries() is None, reason="no OpenMP and MKL to be told apart by")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+@needs_libraries
+def test_as_many_threads_share_as_torch_has() -> None:
+    assert worker_count() == 2
+    with torch.autocast("cpu"):
+        assert worker_count() == 1
+
+
+@needs_libraries
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_each_piece_is_worked_on_once(workers: int) -> None:
+    done = []
+
+    share(range(40), lambda worker, piece: done.append((worker, piece)), workers)
+
+    assert sorted(piece for _, piece in done) == list(range(40))
+    assert {worker for worker, _ in done} <= set(range(workers))
+
+
+@needs_libraries
+def test_a_thread_that_is_held_up_holds_up_nobody() -> None:
+    """The first piece ends when all others have: they must be taken by the other thread."""
+    rest_done, done = threading.Event(), []
+
+    def work(worker: int, piece: int) -> None:
+        if piece == 0:
+            assert rest_done.wait(SECONDS)
+        done.append((worker, piece))
+        if len(done) == 9:
+            rest_done.set()
+
+    share(range(10), work, 2)
+
+    assert done[-1][1] == 0
+    assert {worker for worker, piece in done if piece} == {1 - done[-1][0]}
+
+
+@needs_libraries
+def test_threads_compute_alone_and_the_caller_as_before_afterwards() -> None:
+    libraries = work_sharing._libraries()
+    assert libraries is not None
+    alone, together = [], threading.Barrier(2)
+
+    def work(worker: int, piece: int) -> None:
+        together.wait(SECONDS)  # a piece for each
+        alone.append((torch.get_num_threads(), libraries._mkl(), torch.is_grad_enabled()))
+
+    share(range(2), work, 2)
+
+    assert alone == [(1, 1, False)] * 2
+    assert (torch.get_num_threads(), libraries._mkl()) == (2, 2)
+
+
+@needs_libraries
+@pytest.mark.parametrize("is_inference", [True, False])
+def test_threads_are_in_the_callers_inference_mode(is_inference: bool) -> None:
+    made: list[torch.Tensor] = []
+    together = threading.Barrier(2)
+
+    def work(worker: int, piece: int) -> None:
+        together.wait(SECONDS)
+        made.append(torch.ones(1))
+
+    with torch.inference_mode(is_inference):
+        share(range(2), work, 2)
+
+    assert [tensor.is_inference() for tensor in made] == [is_inference] * 2
+
+
+@needs_libraries
+@pytest.mark.parametrize("failing", ["the caller", "another thread"])
+@pytest.mark.parametrize("kind", [ValueError, IndexError, KeyboardInterrupt])
+def test_an_error_is_raised_when_all_have_ended_and_nothing_more_is_begun(
+    failing: str, kind: type[BaseException]
+) -> None:
+    begun, failed, together = [], threading.Event(), threading.Barrier(2)
+
+    def work(worker: int, piece: int) -> None:
+        begun.append(piece)
+        together.wait(SECONDS)
+        if (worker == 0) == (failing == "the caller"):
+            failed.set()
+            raise kind("no more")
+        assert failed.wait(SECONDS)
+        # Longer than the other takes from there to saying that nothing is to be begun.
+        threading.Event().wait(0.2)
+
+    with pytest.raises(kind, match="no more"):
+        share(range(10), work, 2)
+
+    assert sorted(begun) == [0, 1]
+    assert torch.get_num_threads() == 2
+
+
+@needs_libraries
+def test_an_interrupted_caller_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while it waits: the weights that they read are about to be given back."""
+    ended, join, interrupted = [], threading.Thread.join, []
+
+    def join_interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        if not interrupted:
+            interrupted.append(thread)
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    together = threading.Barrier(2)
+
+    def work(worker: int, piece: int) -> None:
+        together.wait(SECONDS)
+        if worker == 1:
+            threading.Event().wait(0.2)
+            ended.append(piece)
+
+    monkeypatch.setattr(threading.Thread, "join", join_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        share(range(2), work, 2)
+
+    assert interrupted
+    assert len(ended) == 1
+
+
+@needs_libraries
+def test_where_no_thread_can_be_started_the_caller_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    done: list[tuple[int, int]] = []
+
+    share(range(5), lambda worker, piece: done.append((worker, piece)), 3)
+
+    assert done == [(0, piece) for piece in range(5)]
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_without_the_libraries_the_caller_does_the_work(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise error("not here")
+
+    work_sharing._libraries.cache_clear()
+    monkeypatch.setattr(work_sharing, "_Libraries", missing)
+    done: list[int] = []
+    try:
+        assert worker_count() == 1
+        share(range(3), lambda worker, piece: done.append(worker), 2)
+    finally:
+        work_sharing._libraries.cache_clear()
+
+    assert done == [0, 0, 0]
+
+
+# Layers
+
+OUTPUTS, COLUMNS, TOKENS = 1000, 1024, 160
+STORED = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp8, per tensor": (torch.float8_e4m3fn, ()),
+    "int8, per tensor": (torch.int8, ()),
+    "int8, by row": (torch.int8, (OUTPUTS, 1)),
+    "int8, by block": (torch.int8, (OUTPUTS // 8, COLUMNS // 8)),
+}
+
+
+def wide_layer(stored: str, rotation: Rotation | None = None, bias: bool = False) -> Linear:
+    generator = torch.Generator().manual_seed(0)
+    dtype, scale = STORED[stored]
+    layer = Linear(COLUMNS, OUTPUTS, bias=bias)
+    weight = (torch.randn(OUTPUTS, COLUMNS, generator=generator) * 20).to(dtype)
+    if scale is None:
+        layer.weight = torch.nn.Parameter(weight)
+    else:
+        layer.quantize_(weight, torch.rand(scale, generator=generator) + 0.5, rotation)
+    return layer.requires_grad_(False)
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, COLUMNS, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pieces each `share` of a layer has had, of small pieces."""
+    counts: list[int] = []
+
+    def counted(pieces: list[object], work: Callable[[int, object], None], workers: int) -> None:
+        if workers > 1:
+            counts.append(len(pieces))
+        share(pieces, work, workers)
+
+    monkeypatch.setattr(linear_module, "share", counted)
+    monkeypatch.setattr(linear_module, "_PIECE_BYTES", 256 << 10)  # 64 rows
+    monkeypatch.setattr(linear_module, "CPU_SLICE_BYTES", 512 << 10)
+    return counts
+
+
+@needs_libraries
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_a_shared_layer_is_the_product(stored: str, bias: bool, shared: list[int]) -> None:
+    layer, x = wide_layer(stored, bias=bias), inputs(2, TOKENS // 2)
+    expected = F.linear(x.double(), layer.dequantized().double(), None if layer.bias is None else layer.bias.double())
+
+    y = layer(x)
+
+    assert shared == [16]
+    assert y.is_contiguous()
+    assert (y - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@needs_libraries
+@pytest.mark.parametrize("stored", STORED)
+def test_parts_of_a_shared_layer_are_the_product(stored: str, shared: list[int]) -> None:
+    layer, x = wide_layer(stored), inputs(TOKENS)
+    parts = [slice(0, 480), slice(500, 1000)]
+    expected = x.double() @ layer.dequantized().double().T
+
+    made = [to_part(x) for to_part in layer.rows(parts, torch.float32, TOKENS)]
+
+    converts = stored != "fp32"
+    assert shared == ([8] if converts else []) + [8, 8]
+    for y, part in zip(made, parts, strict=True):
+        assert (y - expected[:, part]).abs().max() < 2e-6 * expected.abs().max()
+
+
+@needs_libraries
+@pytest.mark.parametrize("stored", STORED)
+def test_bits_do_not_depend_on_who_computes_a_piece(
+    stored: str, shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = wide_layer(stored), inputs(TOKENS)
+    expected = layer(x)
+
+    def by_turns(pieces: list[object], work: Callable[[int, object], None], workers: int) -> None:
+        libraries = work_sharing._libraries()
+        assert libraries is not None
+        with libraries.alone():
+            for turn, piece in enumerate(reversed(pieces)):
+                work(turn % workers, piece)
+
+    monkeypatch.setattr(linear_module, "share", by_turns)
+
+    assert torch.equal(layer(x), expected)
+
+
+@needs_libraries
+def test_what_is_small_narrow_rotated_in_half_precision_or_wants_gradients_is_left_to_torch(shared: list[int]) -> None:
+    wide_layer("int8, by row")(inputs(1))
+    wide_layer("int8, by row", Rotation(256))(inputs(TOKENS))
+    wide_layer("bf16")(inputs(TOKENS).bfloat16())
+    wide_layer("fp32")(inputs(TOKENS).requires_grad_())
+    wide_layer("bf16")(inputs(TOKENS).requires_grad_())
+    narrow = Linear(256, 4096, bias=False).requires_grad_(False)
+    narrow(torch.randn(TOKENS, 256))
+
+    assert shared == []
+
+
+@needs_libraries
+def test_what_threads_convert_into_is_planned() -> None:
+    device = torch.device("cpu")
+    for columns, outputs, tokens in ((1024, 40_000, 160), (10_240, 4_000, 300), (10_240, 4_000, 100)):
+        layer = Linear(columns, outputs, bias=False)
+        layer.quantize_(torch.zeros(outputs, columns, dtype=torch.int8), torch.ones(outputs))
+
+        with torch.inference_mode():
+            layer(torch.zeros(tokens, columns))
+
+        taken = sum(buffer.nbytes for buffer in layer.scratch._buffers.values())
+        assert 0 < taken <= converted_bytes(device, 4) - 2 * linear_module.CPU_SLICE_BYTES
+    torch.set_num_threads(16)
+    assert converted_bytes(device, 4) >= 16 * linear_module._PIECE_BYTES
