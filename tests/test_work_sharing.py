@@ -1,5 +1,6 @@
 """Threads that take pieces of work as they come free, and layers that are multiplied so."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -28,6 +29,11 @@ def _no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.skipif(not (sys.platform == "linux" and torch.backends.mkl.is_available()), reason="for torch with MKL")
+def test_the_libraries_are_found() -> None:
+    assert work_sharing._libraries() is not None
 
 
 @needs_libraries
@@ -199,6 +205,8 @@ def wide_layer(stored: str, rotation: Rotation | None = None, bias: bool = False
     generator = torch.Generator().manual_seed(0)
     dtype, scale = STORED[stored]
     layer = Linear(COLUMNS, OUTPUTS, bias=bias)
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias, std=200, generator=generator)
     weight = (torch.randn(OUTPUTS, COLUMNS, generator=generator) * 20).to(dtype)
     if scale is None:
         layer.weight = torch.nn.Parameter(weight)
