@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .devices import is_card
+from .fp8 import widen_into
 from .half_kernels import has_half_kernels
 from .int8_matmul import Int8Matmul, QuantizedRows, multiply, quantize_rows, rows_at_a_time
 from .onednn import multiplies, multiply_into
@@ -46,7 +47,8 @@ _CARD_PRODUCT_BYTES = 32 << 20
 # Of outputs in fp32 on their way to half precision.
 _CPU_SCALED_BYTES = 2 << 20
 # Of a weight in fp32, what one of several threads multiplies at a time; and with few tokens, where converting takes as
-# long as multiplying. Products of fewer multiplications are made by all threads together.
+# long as multiplying. Products of fewer multiplications for each of them are made by all
+# threads together.
 _PIECE_BYTES = 5 << 20
 _SMALL_PIECE_BYTES, _FEW_TOKENS = 2 << 20, 128
 _LEAST_SHARED_WORK = 1 << 26
@@ -386,14 +388,14 @@ class Linear(nn.Module):
         """out := these rows; what is fp32 in between stands in the scratch."""
         stored = self.weight[rows]
         if self.weight_scale is None or not (scaled or self.rotation):
-            out.copy_(stored)
+            _copy_into(out, stored)
             return
         scale = expand_scale(self.weight_scale, *self.weight.shape, span=rows)
         if self._converts_at_once:
             torch.mul(stored, scale, out=out)
             return
         plain = self.rotation is None and out.dtype == torch.float32
-        values = (out if plain else self._take_fp32("values", stored.shape)).copy_(stored)
+        values = _copy_into(out if plain else self._take_fp32("values", stored.shape), stored)
         if scaled:
             values.mul_(scale)
         if self.rotation is not None:
@@ -442,11 +444,10 @@ def _workers_for(x: Tensor, weight: Tensor) -> int:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or type(x) is not Tensor or not _is_wide_and_plain(weight):
         return 1
-    if x.shape[:-1].numel() * weight.numel() < _LEAST_SHARED_WORK:
-        return 1
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return 1
-    return worker_count()
+    workers = worker_count()
+    return workers if x.shape[:-1].numel() * weight.numel() >= _LEAST_SHARED_WORK * workers else 1
 
 
 def _piece_rows(x: Tensor, weight: Tensor, workers: int) -> int:
@@ -480,6 +481,14 @@ def _multiply_pieces(
             part.add_(bias[rows])
 
     share([slice(start, min(start + step, outputs)) for start in range(0, outputs, step)], multiply, workers)
+
+
+def _copy_into(out: Tensor, stored: Tensor) -> Tensor:
+    """out := stored, in out's dtype."""
+    is_widened = stored.device.type == "cpu" and stored.dtype == torch.float8_e4m3fn
+    if is_widened and stored.is_contiguous() and out.is_contiguous():
+        return widen_into(out, stored)
+    return out.copy_(stored)
 
 
 def _of_rows(scale: Tensor, rows: slice) -> Tensor:

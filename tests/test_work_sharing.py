@@ -190,7 +190,7 @@ def test_without_the_libraries_the_caller_does_the_work(
 
 # Layers
 
-OUTPUTS, COLUMNS, TOKENS = 1000, 1024, 160
+OUTPUTS, COLUMNS, TOKENS = 1000, 1024, 320
 STORED = {
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
@@ -293,6 +293,11 @@ def test_what_is_small_narrow_rotated_in_half_precision_or_wants_gradients_is_le
     wide_layer("bf16")(inputs(TOKENS).requires_grad_())
     narrow = Linear(256, 4096, bias=False).requires_grad_(False)
     narrow(torch.randn(TOKENS, 256))
+
+    assert shared == []
+
+    torch.set_num_threads(5)  # and what is too little for each of them
+    wide_layer("int8, by row")(inputs(TOKENS))
 
     assert shared == []
 
