@@ -63,7 +63,7 @@ def converted_bytes(device: torch.device, itemsize: int, held: int = 0) -> int:
     if device.type == "cpu" and itemsize == 2:
         return 2 * nbytes + max(max(_CPU_HALF_BYTES, held) + _CPU_SCALED_BYTES, _CPU_KERNEL_BYTES)
     if device.type == "cpu":
-        return 2 * nbytes + max(nbytes, held, _PIECE_BYTES * torch.get_num_threads())
+        return 2 * nbytes + max(nbytes, held, _PIECE_BYTES * worker_count())
     return 2 * nbytes + max(_CARD_PRODUCT_BYTES if is_card(device) else nbytes * itemsize // 4, held)
 
 
@@ -256,7 +256,7 @@ class Linear(nn.Module):
         if self.weight_scale is None and self.weight.dtype == x.dtype:
             return product(x, self.weight, bias)
         # Autograd keeps what it multiplied with: nothing that the next slice overwrites.
-        keeps = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        keeps = _wants_gradients(x, self.weight, bias)
         output_scale = None if keeps else self._output_scale(x.device, x.dtype)
         writes_scaled = False
         if output_scale is not None and bias is None:
@@ -264,7 +264,7 @@ class Linear(nn.Module):
                 return _linear_scaled(x, self.weight, output_scale)
             writes_scaled = self._has_kernel(x.dtype, x.dtype)
         result = x.new_empty(*x.shape[:-1], self.out_features)
-        workers = 1 if keeps or self.rotation is not None else _workers_for(x, self.weight)
+        workers = _workers_for(x, self.weight, bias) if self._converts_apart(x.dtype) else 1
         if workers > 1:
             self._multiply_shared(result, x, output_scale, bias, workers)
             return result
@@ -373,16 +373,26 @@ class Linear(nn.Module):
         return out
 
     def _convert_all(self, wanted: Sequence[tuple[Tensor, slice]], *, scaled: bool) -> None:
-        """Each out := its rows of the weight, in pieces that threads take as they come free, where they can be told
-        apart. Not of rotated weights, which pass through the scratch."""
-        device, step = self.weight.device, _slice_rows(self.weight.device, self.in_features)
-        plain = self.rotation is None and device.type == "cpu"
-        pieces = [
-            (out[begin : begin + step], slice(part.start + begin, min(part.start + begin + step, part.stop)))
-            for out, part in wanted
-            for begin in range(0, out.shape[0], step)
-        ]
-        share(pieces, lambda _, piece: self._convert_into(*piece, scaled=scaled), worker_count() if plain else 1)
+        """Each out := its rows of the weight, where it may be in pieces that threads take as they come free."""
+        workers = worker_count() if self._converts_apart(wanted[0][0].dtype) else 1
+        if workers == 1:
+            for out, part in wanted:
+                self._convert_into(out, part, scaled=scaled)
+            return
+        step = _slice_rows(self.weight.device, self.in_features)
+        pieces = []
+        for out, part in wanted:
+            start, stop, _ = part.indices(self.out_features)
+            rows = [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
+            pieces += list(zip(out.split(step), rows, strict=True))
+        share(pieces, lambda _, piece: self._convert_into(*piece, scaled=scaled), workers)
+
+    def _converts_apart(self, dtype: torch.dtype) -> bool:
+        """Whether several threads may convert rows to `dtype` at once, on a CPU: nothing passes through the scratch
+        on its way, nor takes memory of its own, as scales of blocks do."""
+        if self.weight.device.type != "cpu" or dtype != torch.float32 or self.rotation is not None:
+            return False
+        return self.weight_scale is None or self._has_row_scales
 
     def _convert_slice(self, out: Tensor, rows: slice, scaled: bool) -> None:
         """out := these rows; what is fp32 in between stands in the scratch."""
@@ -422,7 +432,7 @@ class Linear(nn.Module):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """x (..., K) W^T * scale + b. scale: None, (N) or (1) fp32. Of all rows together: where x is a slice of a longer
     tensor, `F.linear` multiplies each item of the batch by itself, on a CPU in several times the time."""
-    workers = _workers_for(x, weight)
+    workers = _workers_for(x, weight, bias)
     if workers > 1:
         result = x.new_empty(*x.shape[:-1], weight.shape[0])
         step = _piece_rows(x, weight, workers)
@@ -436,7 +446,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _workers_for(x: Tensor, weight: Tensor) -> int:
+def _wants_gradients(*operands: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(operand is not None and operand.requires_grad for operand in operands)
+
+
+def _workers_for(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     """How many threads share x W^T, of which each multiplies alone; 1: torch's own way.
 
     In fp32 on CPUs, by whose BLAS a thread multiplies part of a weight as fast by itself as beside others. Half
@@ -444,14 +458,15 @@ def _workers_for(x: Tensor, weight: Tensor) -> int:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or type(x) is not Tensor or not _is_wide_and_plain(weight):
         return 1
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    # Settings of autocast are a thread's own.
+    if _wants_gradients(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return 1
     workers = worker_count()
     return workers if x.shape[:-1].numel() * weight.numel() >= _LEAST_SHARED_WORK * workers else 1
 
 
 def _piece_rows(x: Tensor, weight: Tensor, workers: int) -> int:
-    """Rows of the weight that a thread multiplies at a time: pieces of equal size, as many for each thread."""
+    """Rows of the weight that a thread multiplies at a time: in pieces of about one size, about as many for each."""
     outputs, columns = weight.shape
     nbytes = _SMALL_PIECE_BYTES if x.shape[:-1].numel() <= _FEW_TOKENS else _PIECE_BYTES
     most = max(nbytes // (4 * columns) // _PIECE_MULTIPLE, 1) * _PIECE_MULTIPLE

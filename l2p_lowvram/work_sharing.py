@@ -4,8 +4,9 @@ torch gives each thread the same share of a product, and all wait for the last. 
 efficiency core), or taken away for a while (by whoever reads weights, by the host of a virtual machine), then holds up
 all of them. Here each piece is computed by one thread alone, which takes the next one when it is done.
 
-Threads are Python's, made for each piece of work: 0.2 ms, and nothing is left. That what a thread asks of torch stays
-in that thread is told to OpenMP and to MKL, which have a setting per thread for it; torch's own is for the process.
+Threads are Python's, made anew each time: less than a millisecond for all pieces, and nothing is left. That what a
+thread asks of torch stays in that thread is told to OpenMP and to MKL, which have a setting per thread for it; torch's
+own is for the process.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import TypeVar
 import torch
 
 Piece = TypeVar("Piece")
+
+MOST_WORKERS = 8
 
 
 class _Libraries:
@@ -41,12 +44,14 @@ class _Libraries:
         """What this thread asks of torch inside is computed by this thread."""
         torch.get_num_threads()  # the first question of a thread sets it up, once
         before, mkl_before = self._openmp(), self._set_mkl(1)
-        self._set_openmp(1)
         try:
+            self._set_openmp(1)
             yield
         finally:
-            self._set_openmp(before)
-            self._set_mkl(mkl_before)
+            try:
+                self._set_openmp(before)
+            finally:
+                self._set_mkl(mkl_before)
 
     def is_alone(self) -> bool:
         return bool(torch.get_num_threads() == 1 and self._mkl() == 1)
@@ -64,11 +69,10 @@ def _libraries() -> _Libraries | None:
 
 
 def worker_count() -> int:
-    """How many threads `share` takes: as many as torch does, or this one, where others cannot be told to be alone."""
-    # Settings of autocast are a thread's own.
-    if _libraries() is None or torch.is_autocast_enabled("cpu"):
-        return 1
-    return torch.get_num_threads()
+    """How many threads `share` takes: as many as torch does. This one alone where others cannot be told to work alone,
+    or are so many that a piece for each would be much memory."""
+    threads = torch.get_num_threads()
+    return threads if threads <= MOST_WORKERS and _libraries() is not None else 1
 
 
 def share(pieces: Sequence[Piece], work: Callable[[int, Piece], object], workers: int) -> None:
@@ -102,10 +106,12 @@ def share(pieces: Sequence[Piece], work: Callable[[int, Piece], object], workers
                 thread.start()
         take_part(0)
     finally:
-        waiting.clear()
-        _join(threads)
+        _end(waiting, threads)
     if errors:
-        raise errors[0]
+        try:
+            raise next((error for error in errors if not isinstance(error, Exception)), errors[0])
+        finally:
+            errors.clear()  # it holds this frame, which would hold it
 
 
 def _taken_from(waiting: deque[Piece]) -> Iterator[Piece]:
@@ -118,12 +124,13 @@ def _taken_from(waiting: deque[Piece]) -> Iterator[Piece]:
         yield piece
 
 
-def _join(threads: Collection[threading.Thread]) -> None:
+def _end(waiting: deque[Piece], threads: Collection[threading.Thread]) -> None:
     """Returns, or raises what interrupted it, when all have ended: they use what the caller is about to give back."""
     try:
+        waiting.clear()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
     except BaseException:
-        _join(threads)
+        _end(waiting, threads)
         raise
