@@ -271,8 +271,7 @@ class Linear(nn.Module):
         # A few rows at a time: the weight never stands dequantised as a whole, and on a CPU the
         # slice is still in the cache when it is multiplied.
         step = _multiplied_rows(x.device, x.dtype, self.in_features, self.out_features, writes_scaled)
-        for start in range(0, self.out_features, step):
-            rows = slice(start, min(start + step, self.out_features))
+        for rows in _pieces(0, self.out_features, step):
             out, added = result[..., rows], None if bias is None else bias[rows]
             if keeps:
                 out.copy_(product(x, self.dequantized(x.dtype, rows), added))
@@ -368,8 +367,8 @@ class Linear(nn.Module):
         """out := the weight's rows (n, K) in out's dtype, a slice at a time; `scaled`, or as they are stored."""
         start, stop, _ = rows.indices(self.out_features)
         step = max(stop - start, 1) if self._converts_at_once else _slice_rows(out.device, self.in_features)
-        for first, piece in zip(range(start, stop, step), out.split(step), strict=True):
-            self._convert_slice(piece, slice(first, min(first + step, stop)), scaled)
+        for piece, part in zip(out.split(step), _pieces(start, stop, step), strict=True):
+            self._convert_slice(piece, part, scaled)
         return out
 
     def _convert_all(self, wanted: Sequence[tuple[Tensor, slice]], *, scaled: bool) -> None:
@@ -383,8 +382,7 @@ class Linear(nn.Module):
         pieces = []
         for out, part in wanted:
             start, stop, _ = part.indices(self.out_features)
-            rows = [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
-            pieces += list(zip(out.split(step), rows, strict=True))
+            pieces += list(zip(out.split(step), _pieces(start, stop, step), strict=True))
         share(pieces, lambda _, piece: self._convert_into(*piece, scaled=scaled), workers)
 
     def _converts_apart(self, dtype: torch.dtype) -> bool:
@@ -453,8 +451,8 @@ def _wants_gradients(*operands: Tensor | None) -> bool:
 def _workers_for(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     """How many threads share x W^T, of which each multiplies alone; 1: torch's own way.
 
-    In fp32 on CPUs, by whose BLAS a thread multiplies part of a weight as fast by itself as beside others. Half
-    precision has matrix units, for which cores work together.
+    In fp32 on CPUs, by whose BLAS a thread multiplies part of a weight as fast by itself as beside others. Of half
+    precision, which is oneDNN's, that is not known.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or type(x) is not Tensor or not _is_wide_and_plain(weight):
         return 1
@@ -463,6 +461,11 @@ def _workers_for(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
         return 1
     workers = worker_count()
     return workers if x.shape[:-1].numel() * weight.numel() >= _LEAST_SHARED_WORK * workers else 1
+
+
+def _pieces(start: int, stop: int, step: int) -> list[slice]:
+    """The rows from start to stop, `step` at a time."""
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
 def _piece_rows(x: Tensor, weight: Tensor, workers: int) -> int:
@@ -495,7 +498,7 @@ def _multiply_pieces(
         if bias is not None:
             part.add_(bias[rows])
 
-    share([slice(start, min(start + step, outputs)) for start in range(0, outputs, step)], multiply, workers)
+    share(_pieces(0, outputs, step), multiply, workers)
 
 
 def _copy_into(out: Tensor, stored: Tensor) -> Tensor:

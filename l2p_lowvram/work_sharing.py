@@ -24,6 +24,7 @@ import torch
 
 Piece = TypeVar("Piece")
 
+# Each needs room for a piece, which is planned.
 MOST_WORKERS = 8
 
 
