@@ -8,6 +8,16 @@ What each call does on Linux (madvise(2), posix_fadvise(2)); elsewhere pages are
     expect      MADV_HUGEPAGE: the kernel reads 2 MiB at a time and maps them in one piece
     populate    MADV_POPULATE_READ (Linux 5.14): unlike a touch, it fails with an error where a file was cut short
     let_go      MADV_DONTNEED, then POSIX_FADV_DONTNEED: unmapped first, since mapped pages stay
+
+A large page can only be read where none of its 512 small ones is in the page cache. Else the kernel reads the others
+as small ones, at several times the processor time; and as neighbours share pages, not all of them are let go of, so the
+next round meets some again. Two things begin it:
+
+    - somebody read a few bytes of it before, as who checks scales does. `populate` drops what little is there
+      (cachestat, Linux 6.5; where there is none, it stays)
+    - the kernel reads ahead beyond the end of a short range, and where it meets pages that are there, goes on with
+      small ones. `expect` tells it not to (MADV_RANDOM, which leaves MADV_HUGEPAGE its 2 MiB). Long ranges keep
+      it: while one waits for a large page, the next are under way
 """
 
 from __future__ import annotations
@@ -23,9 +33,15 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
+from offload.page_cache import cached_pages
+
 # Linux's number; the mmap module has no name for it.
 _MADV_POPULATE_READ = 22
 HUGE_PAGE = 2 << 20
+# From here on a range is long: two of the steps that the kernel reads ahead in where it is set to read far (8 MiB).
+LONG_RANGE = 16 << 20
+# Small pages of a large one: fewer in the cache are dropped.
+FEW_PAGES = HUGE_PAGE // mmap.PAGESIZE // 2
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -36,6 +52,7 @@ class PageTable:
     def __init__(self, path: str | os.PathLike[str], mapping: mmap.mmap, mapped: _Bytes) -> None:
         self._mapping = mapping
         self._mapped = mapped
+        self._tells_cached = True
         self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def expect(self, offset: int, nbytes: int) -> None:
@@ -43,15 +60,37 @@ class PageTable:
         # Rounded outwards: what the first page of a range is read with decides how those after it are.
         start = offset // HUGE_PAGE * HUGE_PAGE
         stop = -(-(offset + nbytes) // HUGE_PAGE) * HUGE_PAGE
-        self._advise("MADV_HUGEPAGE", start, min(stop, -(-self._mapped.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE))
+        stop = min(stop, -(-self._mapped.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        takes_large = self._advise("MADV_HUGEPAGE", start, stop) and mmap.PAGESIZE == 4096
+        # Elsewhere MADV_RANDOM would have every small one read by itself.
+        if takes_large and nbytes < LONG_RANGE:
+            self._advise("MADV_RANDOM", start, stop)
 
     def populate(self, offset: int, nbytes: int) -> None:
         """Bring a range into memory and map it; other Python threads run meanwhile.
 
         Raises OSError where the system can tell that bytes cannot be had; else touching them ends the process.
         """
+        for start in range(offset // HUGE_PAGE * HUGE_PAGE, offset + nbytes, HUGE_PAGE):
+            self._drop_few(start, max(offset, start), min(offset + nbytes, start + HUGE_PAGE))
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         _populate(self._mapped[start : offset + nbytes])
+
+    def _drop_few(self, large: int, start: int, stop: int) -> None:
+        """Of the large page at `large`, of which [start, stop) is wanted: drop what makes it be read as small ones."""
+        if self._descriptor is None or not self._tells_cached:
+            return
+        try:
+            if not 0 < cached_pages(self._descriptor, large, HUGE_PAGE) < FEW_PAGES:
+                return
+            wanted = -(-stop // mmap.PAGESIZE) - start // mmap.PAGESIZE
+            if cached_pages(self._descriptor, start, stop - start) == wanted:
+                return  # nothing is to be read
+            # Mapped ones stay where they are. Who is using them gets them anew.
+            self._advise("MADV_DONTNEED", large, min(large + HUGE_PAGE, self._mapped.nbytes))
+            os.posix_fadvise(self._descriptor, large, HUGE_PAGE, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            self._tells_cached = False  # a system without the call; it only saves time
 
     def let_go(self, offset: int, nbytes: int, *, drop_cache: bool = True) -> None:
         """Unmap a range but for pages that it shares with its neighbours; if `drop_cache` also put it out of the
@@ -64,11 +103,13 @@ class PageTable:
             with suppress(OSError):  # a file system that takes no advice
                 os.posix_fadvise(self._descriptor, start, offset + nbytes - start, os.POSIX_FADV_DONTNEED)
 
-    def _advise(self, name: str, start: int, stop: int) -> None:
-        """Of whole pages."""
+    def _advise(self, name: str, start: int, stop: int) -> bool:
+        """Of whole pages. Whether it was taken: a kernel may not know it, and it is only advice."""
         if start < stop and hasattr(mmap, name):
-            with suppress(OSError):  # a kernel without it; it is only advice
+            with suppress(OSError):
                 self._mapping.madvise(getattr(mmap, name), start, stop - start)
+                return True
+        return False
 
     def close(self) -> None:
         """Close the descriptor; the mapping is its owner's. May be called twice."""

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from offload import Block, Checkpoint, CheckpointError, IoProbe, probe_io
 from offload import paging as paging_module
+from offload.page_cache import cached_pages
 from offload.paged import PagedBlocks, copied_bytes
-from offload.paging import POPULATES_SAFELY, PageTable, populate_by_touch
+from offload.paging import FEW_PAGES, HUGE_PAGE, LONG_RANGE, POPULATES_SAFELY, PageTable, populate_by_touch
 from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
 
 MIB = 1 << 20
@@ -486,3 +487,152 @@ def test_what_is_let_go_of_leaves_the_page_cache_unless_it_may_stay(
         walk(paged, blocks, 2)
 
     assert set(dropped) == {not keep}
+
+
+class Advice:
+    """What of the page cache was dropped, and what was advised about the mapping, as (name or None, offset, bytes)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[tuple[str | None, int, int]] = []
+        advise = PageTable._advise
+
+        def noted(table: PageTable, name: str, start: int, stop: int) -> bool:
+            self.given.append((name, start, stop - start))
+            return advise(table, name, start, stop)
+
+        def dropped(descriptor: int, offset: int, nbytes: int, advice: int) -> None:
+            assert advice == os.POSIX_FADV_DONTNEED
+            self.given.append((None, offset, nbytes))
+
+        monkeypatch.setattr(PageTable, "_advise", noted)
+        monkeypatch.setattr(os, "posix_fadvise", dropped)
+
+    def of(self, *names: str | None) -> list[tuple[str | None, int, int]]:
+        return [given for given in self.given if given[0] in names]
+
+
+needs_advice = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system that takes no such advice")
+SHARED = HUGE_PAGE - 2 * mmap.PAGESIZE  # where a range begins that shares a large page
+
+
+@needs_advice
+@pytest.mark.parametrize(
+    ("cached", "dropped"),
+    [
+        ({"large": 0, "wanted": 0}, False),  # nothing there
+        ({"large": 1, "wanted": 0}, True),
+        ({"large": FEW_PAGES - 1, "wanted": 1}, True),
+        ({"large": FEW_PAGES, "wanted": 1}, False),  # much would have to be read again
+        ({"large": 2, "wanted": 2}, False),  # nothing is to be read
+        ({"large": HUGE_PAGE // mmap.PAGESIZE, "wanted": 2}, False),
+    ],
+)
+def test_few_pages_in_the_cache_are_dropped_so_that_a_large_one_can_be_read(
+    checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch, cached: dict[str, int], dropped: bool
+) -> None:
+    def told(descriptor: int, offset: int, nbytes: int) -> int:
+        if offset >= HUGE_PAGE:
+            return 0  # the next large page, of which the range has some, too
+        assert (offset, nbytes) in ((0, HUGE_PAGE), (SHARED, 2 * mmap.PAGESIZE))
+        return cached["large" if offset == 0 else "wanted"]
+
+    monkeypatch.setattr(paging_module, "cached_pages", told)
+    table = checkpoint.pages(path)
+    advice = Advice(monkeypatch)
+    table.populate(SHARED, 3 * mmap.PAGESIZE)
+    table.close()
+
+    # Unmapped first, or it would stay.
+    assert advice.given == ([("MADV_DONTNEED", 0, HUGE_PAGE), (None, 0, HUGE_PAGE)] if dropped else [])
+
+
+@needs_advice
+def test_a_system_that_does_not_tell_what_is_cached_is_asked_once(
+    checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refused(descriptor: int, offset: int, nbytes: int) -> int:
+        asked.append(offset)
+        raise OSError(errno.ENOSYS, "no such call")
+
+    monkeypatch.setattr(paging_module, "cached_pages", refused)
+    table = checkpoint.pages(path)
+    advice = Advice(monkeypatch)
+    table.populate(0, 3 * HUGE_PAGE)
+    table.close()
+
+    assert asked == [0]
+    assert advice.given == []
+
+
+def test_what_is_dropped_from_the_cache_is_read_again(checkpoint: Checkpoint, path: Path) -> None:
+    """A page that was touched lies in the middle of a large one which a block wants."""
+    _settle(path)
+    mapped = np.memmap(path, np.uint8, mode="r")
+    table = checkpoint.pages(path)
+    touched = int(mapped[HUGE_PAGE + 100])
+    table.expect(HUGE_PAGE, HUGE_PAGE)
+    table.populate(HUGE_PAGE + 3 * mmap.PAGESIZE, HUGE_PAGE // 2)
+    told = _cached(path, HUGE_PAGE + 3 * mmap.PAGESIZE, HUGE_PAGE // 2)
+    table.close()
+
+    assert told in (None, HUGE_PAGE // 2 // mmap.PAGESIZE)
+    assert int(mapped[HUGE_PAGE + 100]) == touched
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be asked")
+def test_the_page_cache_is_counted(path: Path) -> None:
+    _settle(path)
+    before = _cached(path, HUGE_PAGE, 8 * mmap.PAGESIZE)
+    with path.open("rb") as file:
+        os.pread(file.fileno(), 8 * mmap.PAGESIZE, HUGE_PAGE)
+    after = _cached(path, HUGE_PAGE, 8 * mmap.PAGESIZE)
+    if before is None or before > 0:  # an old kernel, or a file system that lives in memory
+        pytest.skip("this system does not tell, or does not drop")
+
+    assert after == 8
+    assert _cached(path, HUGE_PAGE + 1, 2 * mmap.PAGESIZE) == 3  # pages that are touched
+
+
+def _settle(path: Path) -> None:
+    """Written, and out of the page cache where the system drops it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _cached(path: Path, offset: int, nbytes: int) -> int | None:
+    with path.open("rb") as file:
+        try:
+            return cached_pages(file.fileno(), offset, nbytes)
+        except OSError:
+            return None
+
+
+@needs_advice
+@pytest.mark.parametrize("has_large_pages", [True, False])
+def test_only_short_ranges_are_read_without_what_comes_after_them(
+    checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch, has_large_pages: bool
+) -> None:
+    advice = Advice(monkeypatch)
+    noted = PageTable._advise
+
+    def taken(table: PageTable, name: str, start: int, stop: int) -> bool:
+        noted(table, name, start, stop)
+        return has_large_pages
+
+    monkeypatch.setattr(PageTable, "_advise", taken)
+    monkeypatch.setattr(mmap, "PAGESIZE", 4096)
+    table = checkpoint.pages(path)
+    table.expect(HUGE_PAGE + 5, 10)
+    table.expect(0, LONG_RANGE)
+    table.close()
+
+    short = [("MADV_RANDOM", HUGE_PAGE, HUGE_PAGE)] if has_large_pages else []
+    assert advice.of("MADV_RANDOM") == short
+    assert [nbytes for _, _, nbytes in advice.of("MADV_HUGEPAGE")] == [
+        HUGE_PAGE,
+        path.stat().st_size // 4096 * 4096 + 4096,
+    ]
