@@ -74,6 +74,7 @@ def check_scales(checkpoint: Checkpoint, sources: Iterable[TensorSource]) -> Non
                 tensor = source.parts[0].tensor
                 reason = f"holds scales from {float(low)} to {float(high)}; they must be finite and not negative"
                 raise CheckpointError(tensor.path, f"tensor {shown(tensor.name)} {reason}")
+        mapped.forget(SCALE)
 
 
 def bind(model: nn.Module, name: str, tensor: Tensor) -> None:

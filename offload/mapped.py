@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -79,6 +79,17 @@ class MappedBlocks:
             if extent.path in self._descriptors:
                 descriptor = self._descriptors[extent.path]
                 os.posix_fadvise(descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def forget(self, name: str) -> None:
+        """Of a block that was read in passing, leave no pages in the page cache that would be in the way of large ones.
+
+        Raises OSError where a file cannot be opened again.
+        """
+        with ExitStack() as stack:
+            tables = {path: stack.enter_context(closing(self._checkpoint.pages(path))) for path in self._descriptors}
+            for extent in self._blocks[name].layout.extents:
+                if extent.path in tables:
+                    tables[extent.path].forget(extent.offset, extent.nbytes)
 
     def close(self) -> None:
         """Close the descriptors. May be called twice."""

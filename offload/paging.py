@@ -13,8 +13,8 @@ A large page can only be read where none of its 512 small ones is in the page ca
 as small ones, at several times the processor time; and as neighbours share pages, not all of them are let go of, so the
 next round meets some again. Two things begin it:
 
-    - somebody read a few bytes of it before, as who checks scales does. `populate` drops what little is there
-      (cachestat, Linux 6.5; where there is none, it stays)
+    - somebody read a few bytes of it before. `populate` drops what little is there, and who reads a little here and
+      there calls `forget` (cachestat, Linux 6.5; where there is none, it stays)
     - the kernel reads ahead beyond the end of a short range, and where it meets pages that are there, goes on with
       small ones. `expect` tells it not to (MADV_RANDOM, which leaves MADV_HUGEPAGE its 2 MiB). Long ranges keep
       it: while one waits for a large page, the next are under way
@@ -40,8 +40,8 @@ _MADV_POPULATE_READ = 22
 HUGE_PAGE = 2 << 20
 # From here on a range is long: two of the steps that the kernel reads ahead in where it is set to read far (8 MiB).
 LONG_RANGE = 16 << 20
-# Small pages of a large one: fewer in the cache are dropped.
-FEW_PAGES = HUGE_PAGE // mmap.PAGESIZE // 2
+# Of a large page, the share in the cache below which it is dropped.
+FEW = 0.5
 
 _Bytes = npt.NDArray[np.uint8]
 
@@ -71,26 +71,36 @@ class PageTable:
 
         Raises OSError where the system can tell that bytes cannot be had; else touching them ends the process.
         """
-        for start in range(offset // HUGE_PAGE * HUGE_PAGE, offset + nbytes, HUGE_PAGE):
-            self._drop_few(start, max(offset, start), min(offset + nbytes, start + HUGE_PAGE))
+        for large in range(offset // HUGE_PAGE * HUGE_PAGE, offset + nbytes, HUGE_PAGE):
+            self._drop_few(large, (max(offset, large), min(offset + nbytes, large + HUGE_PAGE)))
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         _populate(self._mapped[start : offset + nbytes])
 
-    def _drop_few(self, large: int, start: int, stop: int) -> None:
-        """Of the large page at `large`, of which [start, stop) is wanted: drop what makes it be read as small ones."""
+    def forget(self, offset: int, nbytes: int) -> None:
+        """After a range was read in passing: drop its large pages of which little is in the page cache."""
+        for large in range(offset // HUGE_PAGE * HUGE_PAGE, offset + nbytes, HUGE_PAGE):
+            self._drop_few(large)
+
+    def _drop_few(self, large: int, wanted: tuple[int, int] | None = None) -> None:
+        """Drop what little is cached of the large page at `large`, unless all that is wanted of it, from and to, is."""
         if self._descriptor is None or not self._tells_cached:
             return
         try:
-            if not 0 < cached_pages(self._descriptor, large, HUGE_PAGE) < FEW_PAGES:
+            nbytes = min(HUGE_PAGE, self._mapped.nbytes - large)
+            if not 0 < cached_pages(self._descriptor, large, nbytes) < -(-nbytes // mmap.PAGESIZE) * FEW:
                 return
-            wanted = -(-stop // mmap.PAGESIZE) - start // mmap.PAGESIZE
-            if cached_pages(self._descriptor, start, stop - start) == wanted:
-                return  # nothing is to be read
+            if wanted is not None and self._is_cached(self._descriptor, *wanted):
+                return
             # Mapped ones stay where they are. Who is using them gets them anew.
-            self._advise("MADV_DONTNEED", large, min(large + HUGE_PAGE, self._mapped.nbytes))
-            os.posix_fadvise(self._descriptor, large, HUGE_PAGE, os.POSIX_FADV_DONTNEED)
+            self._advise("MADV_DONTNEED", large, large + nbytes)
+            os.posix_fadvise(self._descriptor, large, nbytes, os.POSIX_FADV_DONTNEED)
         except OSError:
             self._tells_cached = False  # a system without the call; it only saves time
+
+    @staticmethod
+    def _is_cached(descriptor: int, start: int, stop: int) -> bool:
+        pages = -(-stop // mmap.PAGESIZE) - start // mmap.PAGESIZE
+        return cached_pages(descriptor, start, stop - start) == pages
 
     def let_go(self, offset: int, nbytes: int, *, drop_cache: bool = True) -> None:
         """Unmap a range but for pages that it shares with its neighbours; if `drop_cache` also put it out of the

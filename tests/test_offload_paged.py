@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offload import Block, Checkpoint, CheckpointError, IoProbe, probe_io
+from offload import Block, Checkpoint, CheckpointError, IoProbe, MappedBlocks, probe_io
 from offload import paging as paging_module
 from offload.page_cache import cached_pages
 from offload.paged import PagedBlocks, copied_bytes
-from offload.paging import FEW_PAGES, HUGE_PAGE, LONG_RANGE, POPULATES_SAFELY, PageTable, populate_by_touch
+from offload.paging import FEW, HUGE_PAGE, LONG_RANGE, POPULATES_SAFELY, PageTable, populate_by_touch
 from offload.residency import BlockCost, Budget, Rates, ResidencyPlan, Tier, plan_residency
 
 MIB = 1 << 20
@@ -512,6 +512,7 @@ class Advice:
 
 
 needs_advice = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a system that takes no such advice")
+FEW_PAGES = int(HUGE_PAGE // mmap.PAGESIZE * FEW)
 SHARED = HUGE_PAGE - 2 * mmap.PAGESIZE  # where a range begins that shares a large page
 
 
@@ -544,6 +545,43 @@ def test_few_pages_in_the_cache_are_dropped_so_that_a_large_one_can_be_read(
 
     # Unmapped first, or it would stay.
     assert advice.given == ([("MADV_DONTNEED", 0, HUGE_PAGE), (None, 0, HUGE_PAGE)] if dropped else [])
+
+
+@needs_advice
+def test_at_the_end_of_a_file_less_is_much(checkpoint: Checkpoint, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = path.stat().st_size
+    last, pages = size // HUGE_PAGE * HUGE_PAGE, -(-(size % HUGE_PAGE) // mmap.PAGESIZE)
+    assert 2 < pages < FEW_PAGES, "it ends with part of a large page"
+    advice = Advice(monkeypatch)
+    for cached in (-(-pages // 2), pages // 2 - 1):
+        monkeypatch.setattr(paging_module, "cached_pages", lambda *asked, cached=cached: cached)
+        table = checkpoint.pages(path)
+        table.forget(size - 1, 1)
+        table.close()
+
+    assert advice.of(None) == [(None, last, size - last)]
+
+
+@needs_advice
+@pytest.mark.parametrize(("cached", "dropped"), [(0, False), (2, True), (FEW_PAGES, False)])
+def test_what_was_read_in_passing_is_forgotten_where_little_else_is_cached(
+    checkpoint: Checkpoint, blocks: list[Block], monkeypatch: pytest.MonkeyPatch, cached: int, dropped: bool
+) -> None:
+    monkeypatch.setattr(paging_module, "cached_pages", lambda descriptor, offset, nbytes: cached)
+    with MappedBlocks(checkpoint, blocks[1:2]) as mapped:
+        advice = Advice(monkeypatch)
+        mapped.forget(blocks[1].name)
+
+    extents = blocks[1].layout.extents
+    large = {
+        start // HUGE_PAGE * HUGE_PAGE
+        for extent in extents
+        for start in (
+            *range(extent.offset, extent.offset + extent.nbytes, HUGE_PAGE),
+            extent.offset + extent.nbytes - 1,
+        )
+    }
+    assert {offset for name, offset, _ in advice.given if name is None} == (large if dropped else set())
 
 
 @needs_advice

@@ -1,0 +1,54 @@
+"""Checking scales, which lie scattered over a file, leaves no page that would be in the way of large ones."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from l2p_lowvram.weights import check_scales
+from offload import Block, Checkpoint
+from offload.page_cache import cached_pages
+
+MIB = 1 << 20
+
+
+def count(descriptor: int, offset: int, nbytes: int) -> int:
+    try:
+        return cached_pages(descriptor, offset, nbytes)
+    except OSError as error:
+        pytest.skip(f"this system does not tell what is cached: {error.strerror}")
+
+
+def test_no_scale_stays_in_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {f"{index}.weight": torch.ones(1024, 1024) for index in range(4)}
+    save_file(tensors | {f"{index}.weight_scale": torch.ones(1024) for index in range(4)}, path)
+    with path.open("rb") as file, Checkpoint.open(path) as checkpoint:
+        os.fsync(file.fileno())
+        # Only the header was read. What is mapped already stays, so far from it alone is looked at.
+        scale = checkpoint.tensors["2.weight_scale"]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if count(file.fileno(), scale.offset, scale.nbytes):
+            pytest.skip("a file system that lives in memory")
+        os.pread(file.fileno(), 1, scale.offset)
+        assert count(file.fileno(), scale.offset, scale.nbytes) > 0, "reading it leaves it there"
+
+        check_scales(checkpoint, Block.under(checkpoint, "").sources)
+
+        assert count(file.fileno(), scale.offset, scale.nbytes) == 0
+
+
+def test_a_file_that_is_cached_stays_so(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"0.weight": torch.ones(2048, 1024), "0.weight_scale": torch.ones(2048)}, path)
+    with path.open("rb") as file, Checkpoint.open(path) as checkpoint:
+        os.fsync(file.fileno())
+        file.read()
+        before = count(file.fileno(), 0, path.stat().st_size)
+
+        check_scales(checkpoint, Block.under(checkpoint, "").sources)
+
+        assert count(file.fileno(), 0, path.stat().st_size) == before
