@@ -16,8 +16,9 @@ next round meets some again. Two things begin it:
     - somebody read a few bytes of it before. `populate` drops what little is there, and who reads a little here and
       there calls `forget` (cachestat, Linux 6.5; where there is none, it stays)
     - the kernel reads ahead beyond the end of a short range, and where it meets pages that are there, goes on with
-      small ones. `expect` tells it not to (MADV_RANDOM, which leaves MADV_HUGEPAGE its 2 MiB). Long ranges keep
-      it: while one waits for a large page, the next are under way
+      small ones. `expect` tells it not to (MADV_RANDOM, which leaves MADV_HUGEPAGE its 2 MiB on the same kernels; on
+      older ones it would have pages read one by one). Long ranges keep it: while one waits for a large page, the next
+      are under way
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class PageTable:
     def __init__(self, path: str | os.PathLike[str], mapping: mmap.mmap, mapped: _Bytes) -> None:
         self._mapping = mapping
         self._mapped = mapped
-        self._tells_cached = True
         self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        # Linux from 6.5 on. There, unlike before 5.18, MADV_RANDOM does not undo MADV_HUGEPAGE either.
+        self._tells_cached = _tells_cached(self._descriptor)
 
     def expect(self, offset: int, nbytes: int) -> None:
         """This range will be brought in, whole: large pages are welcome."""
@@ -63,7 +65,7 @@ class PageTable:
         stop = min(stop, -(-self._mapped.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         takes_large = self._advise("MADV_HUGEPAGE", start, stop) and mmap.PAGESIZE == 4096
         # Elsewhere MADV_RANDOM would have every small one read by itself.
-        if takes_large and nbytes < LONG_RANGE:
+        if takes_large and self._tells_cached and nbytes < LONG_RANGE:
             self._advise("MADV_RANDOM", start, stop)
 
     def populate(self, offset: int, nbytes: int) -> None:
@@ -95,7 +97,7 @@ class PageTable:
             self._advise("MADV_DONTNEED", large, large + nbytes)
             os.posix_fadvise(self._descriptor, large, nbytes, os.POSIX_FADV_DONTNEED)
         except OSError:
-            self._tells_cached = False  # a system without the call; it only saves time
+            self._tells_cached = False  # it only saves time
 
     @staticmethod
     def _is_cached(descriptor: int, start: int, stop: int) -> bool:
@@ -126,6 +128,14 @@ class PageTable:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _tells_cached(descriptor: int) -> bool:
+    try:
+        cached_pages(descriptor, 0, 1)
+    except OSError:
+        return False
+    return True
 
 
 def populate_by_touch(pages: _Bytes) -> None:
