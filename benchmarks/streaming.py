@@ -37,6 +37,8 @@ LIMIT = 3 << 30
 RAM = 2 << 30
 HEIGHT, CAPTION = 256, 64
 
+Rounds = dict[str, list[dict[str, Any]]]  # runs by way
+
 
 @dataclass(frozen=True)
 class Job:
@@ -247,7 +249,7 @@ def first_wait(run: dict[str, Any]) -> float:
     return next(end - start for lane, what, start, end in run["spans"] if lane == "wait" and "." in what)
 
 
-def judged(rounds: dict[str, list[dict[str, Any]]], limit: float = 1.10) -> list[Any]:
+def judged(rounds: Rounds, limit: float = 1.10) -> list[Any]:
     """Seconds of each way and the ratio, medians. The same work cannot be much faster streamed: then the baseline was
     disturbed, and nothing is met."""
     from results import Figure, at_most
@@ -265,7 +267,7 @@ def judged(rounds: dict[str, list[dict[str, Any]]], limit: float = 1.10) -> list
     return figures + later(rounds)
 
 
-def later(rounds: dict[str, list[dict[str, Any]]]) -> list[Any]:
+def later(rounds: Rounds) -> list[Any]:
     """The same of the forwards after the first, where there were any."""
     from results import Figure
 
@@ -307,9 +309,53 @@ def peaks(run: dict[str, Any]) -> list[Any]:
     ]
 
 
-def main() -> None:
+def run_in_turns(model: Path, options: Any) -> Rounds:
+    """Every way `options.rounds` times, each in a process of its own, from a cold file."""
     from limited import drop_cache, measured
-    from results import RESULTS, Figure, at_most, finish, parser
+
+    rounds: Rounds = {way: [] for way in options.ways}
+    for turn, way in enumerate(options.ways * options.rounds):
+        if way == "guided" and turn >= len(options.ways):
+            continue  # counts bytes: once is enough
+        drop_cache([model])
+        limit = LIMIT if way in ("streamed", "guided") else None
+        job = Job(way, str(model), options.threads, options.width, options.steps, options.dtype)
+        run = measured([__file__, "--worker", json.dumps(asdict(job))], limit=limit)
+        rounds[way].append(run)
+        told = f"{run.get('seconds', 0.0):.2f} s, then " + ", ".join(f"{s:.2f}" for s in run.get("later_seconds", []))
+        print(f"{way}: {told}", file=sys.stderr)
+    return rounds
+
+
+def fastest(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(runs, key=lambda run: run["seconds"])
+
+
+def streamed_figures(runs: list[dict[str, Any]]) -> list[Any]:
+    """What the fastest of them did, the most memory that one took, the soonest first block."""
+    from results import Figure, at_most
+
+    run, soonest = fastest(runs), min(runs, key=lambda run: run["first_block_seconds"])
+    return [
+        Figure("streamed: processor time of all forwards", run["cpu_seconds"], "s"),
+        Figure("streamed: how it was read", run["io"]),
+        Figure("streamed: arithmetic", run["arithmetic"]),
+        *peaks(max(runs, key=lambda run: run["peak_anonymous_bytes"])),
+        Figure("waited for weights", run["waited_seconds"], "s"),
+        at_most("start of process to first block computing", soonest["first_block_seconds"], 1.0, "s"),
+        Figure("of it, waiting for that block's bytes", soonest["first_wait_seconds"], "s"),
+    ]
+
+
+def guided_figure(run: dict[str, Any]) -> Any:
+    from results import Figure
+
+    ratio = run["step_bytes"] / run["pass_bytes"]
+    return Figure("bytes read per guided step / bytes of a pass", ratio, "", "1.00", ratio == 1.0)
+
+
+def main() -> None:
+    from results import RESULTS, finish, parser
 
     arguments = parser(__doc__)
     arguments.add_argument("folder", type=Path, help="where the checkpoint is made and kept (7.2 GB)")
@@ -326,44 +372,15 @@ def main() -> None:
 
         model.parent.mkdir(parents=True, exist_ok=True)
         make_synthetic([str(model)])
-    rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
-    for turn, way in enumerate(options.ways * options.rounds):
-        if way == "guided" and turn >= len(options.ways):
-            continue  # counts bytes: once is enough
-        drop_cache([model])
-        limit = LIMIT if way in ("streamed", "guided") else None
-        job = Job(way, str(model), options.threads, options.width, options.steps, options.dtype)
-        run = measured([__file__, "--worker", json.dumps(asdict(job))], limit=limit)
-        rounds[way].append(run)
-        told = f"{run.get('seconds', 0.0):.2f} s, then " + ", ".join(f"{s:.2f}" for s in run.get("later_seconds", []))
-        print(f"{way}: {told}", file=sys.stderr)
-    runs = {way: min(found, key=lambda run: run.get("seconds", 0.0)) for way, found in rounds.items()}
 
-    figures = judged(rounds) if {"streamed", "compute", "read"} <= runs.keys() else []
-    if "streamed" in runs:
-        run = runs["streamed"]
-        soonest = min(rounds["streamed"], key=lambda run: run["first_block_seconds"])
-        figures += [
-            Figure("streamed: processor time of all forwards", run["cpu_seconds"], "s"),
-            Figure("streamed: how it was read", run["io"]),
-            Figure("streamed: arithmetic", run["arithmetic"]),
-            *peaks(max(rounds["streamed"], key=lambda run: run["peak_anonymous_bytes"])),
-            Figure("waited for weights", run["waited_seconds"], "s"),
-            at_most("start of process to first block computing", soonest["first_block_seconds"], 1.0, "s"),
-            Figure("of it, waiting for that block's bytes", soonest["first_wait_seconds"], "s"),
-        ]
-    if "guided" in runs:
-        ratio = runs["guided"]["step_bytes"] / runs["guided"]["pass_bytes"]
-        figures.append(
-            Figure(
-                "bytes read per guided step / bytes of a pass",
-                ratio,
-                "",
-                "1.00",
-                ratio == 1.0,
-            )
-        )
-    spans = runs.get("streamed", {}).get("spans", [])
+    rounds = run_in_turns(model, options)
+    figures = judged(rounds) if {"streamed", "compute", "read"} <= rounds.keys() else []
+    spans: list[Any] = []
+    if "streamed" in rounds:
+        figures += streamed_figures(rounds["streamed"])
+        spans = fastest(rounds["streamed"])["spans"]
+    if "guided" in rounds:
+        figures.append(guided_figure(rounds["guided"][0]))
     for run in rounds.get("streamed", []):
         del run["spans"]
     finish("streaming", figures, options, {"rounds": rounds})

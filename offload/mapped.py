@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -83,13 +83,15 @@ class MappedBlocks:
     def forget(self, name: str) -> None:
         """Of a block that was read in passing, leave no pages in the page cache that would be in the way of large ones.
 
-        Raises OSError where a file cannot be opened again.
+        Where a file cannot be opened again they stay, which costs time and nothing else.
         """
-        with ExitStack() as stack:
-            tables = {path: stack.enter_context(closing(self._checkpoint.pages(path))) for path in self._descriptors}
-            for extent in self._blocks[name].layout.extents:
-                if extent.path in tables:
-                    tables[extent.path].forget(extent.offset, extent.nbytes)
+        extents = self._blocks[name].layout.extents
+        # One at a time: of many files, not all may be open twice.
+        for path in {extent.path for extent in extents} & self._descriptors.keys():
+            with suppress(OSError), closing(self._checkpoint.pages(path)) as pages:
+                for extent in extents:
+                    if extent.path == path:
+                        pages.forget(extent.offset, extent.nbytes)
 
     def close(self) -> None:
         """Close the descriptors. May be called twice."""

@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 
-# The same on all of Linux's architectures but alpha; glibc has no name for it.
+# The same on all that torch runs on; glibc has no name for it.
 _CACHESTAT = 451
 
 
@@ -24,8 +24,9 @@ class _Counts(ctypes.Structure):
 def cached_pages(descriptor: int, offset: int, nbytes: int) -> int:
     """Of the pages that `nbytes` (at least one) from `offset` on touch, those that lie in the page cache.
 
-    Takes a few microseconds, however many there are. Raises OSError where the system has no such call, or does not
-    tell (newer ones ask that the file could be written or is one's own).
+    Takes two or three microseconds for 2 MiB in a large page, twenty for as many small ones. Raises OSError where the
+    system has no such call, or does not tell (newer ones ask that the file could be written or is one's own). On an
+    overlay, whose pages lie under another file, the answer is 0.
     """
     if sys.platform != "linux":
         raise OSError(errno.ENOSYS, "there is no cachestat here")

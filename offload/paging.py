@@ -14,11 +14,12 @@ as small ones, at several times the processor time; and as neighbours share page
 next round meets some again. Two things begin it:
 
     - somebody read a few bytes of it before. `populate` drops what little is there, and who reads a little here and
-      there calls `forget` (cachestat, Linux 6.5; where there is none, it stays)
+      there calls `forget`. Both ask cachestat (Linux 6.5); where it does not tell, those bytes stay. On file systems
+      without large folios it gains nothing, and up to 1 MiB where two ranges meet is read again
     - the kernel reads ahead beyond the end of a short range, and where it meets pages that are there, goes on with
-      small ones. `expect` tells it not to (MADV_RANDOM, which leaves MADV_HUGEPAGE its 2 MiB on the same kernels; on
-      older ones it would have pages read one by one). Long ranges keep it: while one waits for a large page, the next
-      are under way
+      small ones. `expect` tells it not to: MADV_RANDOM, which leaves MADV_HUGEPAGE its 2 MiB from Linux 5.18 on; older
+      ones would read page by page. Long ranges keep it: while one waits for a large page, the next are under way. The
+      advice is not taken back: a page that a short and a long range share is read by itself
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,7 +56,6 @@ class PageTable:
         self._mapping = mapping
         self._mapped = mapped
         self._descriptor: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        # Linux from 6.5 on. There, unlike before 5.18, MADV_RANDOM does not undo MADV_HUGEPAGE either.
         self._tells_cached = _tells_cached(self._descriptor)
 
     def expect(self, offset: int, nbytes: int) -> None:
@@ -65,7 +66,7 @@ class PageTable:
         stop = min(stop, -(-self._mapped.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         takes_large = self._advise("MADV_HUGEPAGE", start, stop) and mmap.PAGESIZE == 4096
         # Elsewhere MADV_RANDOM would have every small one read by itself.
-        if takes_large and self._tells_cached and nbytes < LONG_RANGE:
+        if takes_large and RANDOM_KEEPS_LARGE and nbytes < LONG_RANGE:
             self._advise("MADV_RANDOM", start, stop)
 
     def populate(self, offset: int, nbytes: int) -> None:
@@ -79,7 +80,8 @@ class PageTable:
         _populate(self._mapped[start : offset + nbytes])
 
     def forget(self, offset: int, nbytes: int) -> None:
-        """After a range was read in passing: drop its large pages of which little is in the page cache."""
+        """After a range was read in passing: drop its large pages of which little is in the page cache, if that can be
+        told."""
         for large in range(offset // HUGE_PAGE * HUGE_PAGE, offset + nbytes, HUGE_PAGE):
             self._drop_few(large)
 
@@ -136,6 +138,16 @@ def _tells_cached(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _random_keeps_large(release: str) -> bool:
+    """Whether MADV_RANDOM leaves MADV_HUGEPAGE its large pages, on a Linux of this release ("6.8.0-45-generic")."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return found is not None and (int(found[1]), int(found[2])) >= (5, 18)
+
+
+# By the release, not by cachestat: that may be refused where the kernel has it, and in a container where it has not.
+RANDOM_KEEPS_LARGE = sys.platform == "linux" and _random_keeps_large(os.uname().release)
 
 
 def populate_by_touch(pages: _Bytes) -> None:
