@@ -162,7 +162,8 @@ def measured(
 ) -> dict[str, Any]:
     """Run a Python script and return the JSON object of its last line, with "group" and "group_peak_bytes" added.
 
-    OpenMP and torch are told what the command line tells them. disk: for `disk_group`.
+    OpenMP and torch are told what the command line tells them. Modules are compiled once, as those of an installed
+    package are, also where Python is told to leave nothing behind. disk: for `disk_group`.
     """
     with memory_group(limit) as group, disk_group(*(disk or (None, Path()))) as slowed:
 
@@ -176,6 +177,7 @@ def measured(
             **(environment or {}),
             STARTED: str(time.perf_counter()),
         }
+        variables.pop("PYTHONDONTWRITEBYTECODE", None)
         done = subprocess.run([python, *arguments], stdout=subprocess.PIPE, text=True, env=variables, preexec_fn=enter)
         if done.returncode:
             raise RuntimeError(f"{Path(arguments[0]).name} ended with {done.returncode} ({group.note})")
