@@ -36,7 +36,8 @@ def test_a_lone_nan_of_either_sign_is_one(code: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, (1 << 17) - 1, (1 << 17) + 3, 3 << 17])
 def test_any_number_of_values(count: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    values = (torch.randn(count, generator=generator) * 100).to(E4M3)
+    # Within E4M3's range: torch made NaN of what is beyond it before it made 448.
+    values = (torch.randn(count, generator=generator) * 100).clamp(-448, 448).to(E4M3)
 
     assert torch.equal(widen_into(torch.empty(count), values), values.float())
 
