@@ -236,7 +236,7 @@ class Memory(TorchDispatchMode):
 _OWN_COPIES = {
     aten.convolution.default,
     aten.upsample_nearest2d.default,
-    *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []),  # not in torch 2.6
+    aten._fused_rms_norm.default,
 }
 _LEAST_TURNED_CHANNELS = 8
 _MATRIX_OPERANDS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2)}

@@ -139,7 +139,7 @@ def is_card(device: torch.device) -> bool:
 
 def in_host_memory() -> AbstractContextManager[object]:
     """While open, what is made without naming a device is in host memory, whatever default a program has set."""
-    # Made to see: torch 2.6 does not tell of a default that a `with torch.device(...)` has set.
+    # Made to see: not every release of torch tells of a default that a `with torch.device(...)` has set.
     return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 
