@@ -336,8 +336,9 @@ assert state() == before, (before, state())
 matmul = torch.backends.cuda.matmul
 def sums():
     return (matmul.allow_fp16_accumulation, matmul.allow_fp16_reduced_precision_reduction,
-            matmul.allow_fp16_reduced_precision_reduction_split_k)
-for allowed in (True, (False, False)):
+            getattr(matmul, "allow_fp16_reduced_precision_reduction_split_k", True))
+has_two = hasattr(matmul, "allow_fp16_reduced_precision_reduction_split_k")  # not in torch 2.9
+for allowed in (True, (False, False) if has_two else False):
     matmul.allow_fp16_accumulation, matmul.allow_fp16_reduced_precision_reduction = True, allowed
     before = sums()
     with full_fp32(torch.device("cuda"), torch.float32):
