@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload.blocks import ALIGNMENT, Block, TensorSource
+from offload.blocks import ALIGNMENT, Block, Extent, TensorSource
 from offload.checkpoint import Checkpoint
 from offload.devices import aligned_buffer
 from offload.timeline import Timeline
@@ -85,13 +85,14 @@ class MappedBlocks:
 
         Where a file cannot be opened again they stay, which costs time and nothing else.
         """
-        extents = self._blocks[name].layout.extents
+        by_file: dict[Path, list[Extent]] = {}
+        for extent in self._blocks[name].layout.extents:
+            by_file.setdefault(extent.path, []).append(extent)
         # One at a time: of many files, not all may be open twice.
-        for path in {extent.path for extent in extents} & self._descriptors.keys():
+        for path in by_file.keys() & self._descriptors.keys():
             with suppress(OSError), closing(self._checkpoint.pages(path)) as pages:
-                for extent in extents:
-                    if extent.path == path:
-                        pages.forget(extent.offset, extent.nbytes)
+                for extent in by_file[path]:
+                    pages.forget(extent.offset, extent.nbytes)
 
     def close(self) -> None:
         """Close the descriptors. May be called twice."""
